@@ -1,0 +1,221 @@
+#include <vernier/calibration/calibrators.h>
+#include <vernier/kernels/error.h>
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace vernier {
+namespace {
+
+constexpr std::array<const char*, 4> kMethodNames = {"min_max", "percentile", "mse", "entropy"};
+
+// Bins of each side in use: one past the outermost that holds a value.
+struct UsedBins {
+  int64_t negative = 0;
+  int64_t positive = 0;
+
+  explicit UsedBins(const Histogram& histogram) {
+    for (int64_t b = 0; b < histogram.bins(); ++b) {
+      if (histogram.negative()[b] > 0) negative = b + 1;
+      if (histogram.positive()[b] > 0) positive = b + 1;
+    }
+  }
+  int64_t largest() const { return std::max(negative, positive); }
+};
+
+// The range of so many bins below and above zero.
+Range range_of_bins(const Histogram& histogram, const Scheme& scheme, int64_t low, int64_t high) {
+  if (scheme.symmetric) low = high = std::max(low, high);
+  const auto edge = [&](int64_t bins) {
+    // The outermost edge of the widest bins is 2^128, beyond float32.
+    return static_cast<float>(std::min(static_cast<double>(bins) * histogram.bin_width(),
+                                       static_cast<double>(std::numeric_limits<float>::max())));
+  };
+  return {-edge(low) + 0.0f, edge(high)};
+}
+
+// Bins with something in them: centre and count.
+struct Points {
+  Eigen::ArrayXf value;
+  Eigen::ArrayXf count;
+};
+
+Points points_of(const Histogram& histogram) {
+  std::vector<float> values, counts;
+  const double width = histogram.bin_width();
+  for (const double sign : {-1.0, 1.0}) {
+    const auto side = sign < 0 ? histogram.negative() : histogram.positive();
+    for (size_t b = 0; b < side.size(); ++b) {
+      if (side[b] == 0) continue;
+      values.push_back(static_cast<float>(sign * (static_cast<double>(b) + 0.5) * width));
+      counts.push_back(static_cast<float>(side[b]));
+    }
+  }
+  const auto n = static_cast<Eigen::Index>(values.size());
+  return {Eigen::Map<Eigen::ArrayXf>(values.data(), n),
+          Eigen::Map<Eigen::ArrayXf>(counts.data(), n)};
+}
+
+double squared_error(const Points& points, Range range, const Scheme& scheme) {
+  const auto [scale, zero_point] = scale_from_range(range, scheme);
+  const auto low = static_cast<float>(scheme.qmin() - zero_point);
+  const auto high = static_cast<float>(scheme.qmax() - zero_point);
+  // Divided by the scale, so that squares of tiny or huge values stay inside float.
+  const Eigen::ArrayXf scaled = points.value / scale;
+  const Eigen::ArrayXf error = scaled - scaled.max(low).min(high).rint();
+  return (error.square() * points.count).cast<double>().sum() * scale * static_cast<double>(scale);
+}
+
+// The number of bins in [1, used] with the least cost: eighths of an octave down to 1/32 of what is
+// in use, below which bins get too coarse to tell, then 64 steps between the neighbours of the
+// best. Ties go to the larger range.
+template <typename Cost>
+int64_t best_bins(int64_t used, const Cost& cost) {
+  if (used == 0) return 0;
+  int64_t best = used;
+  double least = cost(used);
+  const auto consider = [&](int64_t bins) {
+    if (bins < 1 || bins >= used || bins == best) return;
+    const double value = cost(bins);
+    if (value < least || (value == least && bins > best)) {
+      least = value;
+      best = bins;
+    }
+  };
+  for (int i = 1; i <= 40; ++i)
+    consider(std::llround(static_cast<double>(used) * std::exp2(-i / 8.0)));
+  const auto centre = static_cast<double>(best);
+  for (int i = -32; i <= 32; ++i) consider(std::llround(centre * std::exp2(i / 256.0)));
+  return best;
+}
+
+}  // namespace
+
+CalibrationMethod calibration_method_from_string(const std::string& name) {
+  if (name == "kl") return CalibrationMethod::entropy;
+  const auto found = std::find(kMethodNames.begin(), kMethodNames.end(), name);
+  VERNIER_CHECK(found != kMethodNames.end(), "unknown calibrator '", name,
+                "': use min_max, percentile, mse or entropy");
+  return static_cast<CalibrationMethod>(found - kMethodNames.begin());
+}
+
+std::string to_string(CalibrationMethod method) {
+  return kMethodNames[static_cast<size_t>(method)];
+}
+
+Range min_max_range(const Histogram& histogram, const Scheme& scheme) {
+  const Range extremes = histogram.range();
+  if (scheme.symmetric) return {-histogram.amax(), histogram.amax()};
+  return {std::min(0.0f, extremes.min), std::max(0.0f, extremes.max)};
+}
+
+Range percentile_range(const Histogram& histogram, const Scheme& scheme, double percentile) {
+  VERNIER_CHECK(percentile > 0 && percentile <= 100, "percentile must be in (0, 100], not ",
+                percentile);
+  const auto negative = histogram.negative(), positive = histogram.positive();
+  const auto finite = static_cast<double>(histogram.finite());
+  const double cut = finite * (1 - percentile / 100);
+  // The fewest bins outside of which at most `allowed` values lie, walking in from the outermost.
+  const auto bins_for = [&](const auto& count_at, double allowed) -> int64_t {
+    double outside = 0;
+    for (int64_t b = histogram.bins() - 1; b >= 0; --b) {
+      outside += static_cast<double>(count_at(b));
+      if (outside > allowed) return b + 1;
+    }
+    return 0;
+  };
+  if (scheme.symmetric) {
+    const int64_t bins = bins_for([&](int64_t b) { return negative[b] + positive[b]; }, cut);
+    return range_of_bins(histogram, scheme, bins, bins);
+  }
+  return range_of_bins(histogram, scheme, bins_for([&](int64_t b) { return negative[b]; }, cut / 2),
+                       bins_for([&](int64_t b) { return positive[b]; }, cut / 2));
+}
+
+Range mse_range(const Histogram& histogram, const Scheme& scheme) {
+  const UsedBins used(histogram);
+  const Points points = points_of(histogram);
+  const auto cost = [&](int64_t low, int64_t high) {
+    return squared_error(points, range_of_bins(histogram, scheme, low, high), scheme);
+  };
+  if (scheme.symmetric) {
+    const int64_t bins = best_bins(used.largest(), [&](int64_t b) { return cost(b, b); });
+    return range_of_bins(histogram, scheme, bins, bins);
+  }
+  int64_t low = used.negative, high = used.positive;
+  for (int round = 0; round < 2; ++round) {
+    high = best_bins(used.positive, [&](int64_t b) { return cost(low, b); });
+    low = best_bins(used.negative, [&](int64_t b) { return cost(b, high); });
+  }
+  return range_of_bins(histogram, scheme, low, high);
+}
+
+Range entropy_range(const Histogram& histogram, const Scheme& scheme) {
+  const int64_t bins = histogram.bins();
+  const int64_t levels = int64_t{1} << (scheme.bits - 1);
+  std::vector<double> magnitude(bins);
+  for (int64_t b = 0; b < bins; ++b)
+    magnitude[b] = static_cast<double>(histogram.negative()[b] + histogram.positive()[b]);
+  std::vector<double> outside(bins + 1);  // count in bins [i, bins)
+  for (int64_t b = bins - 1; b >= 0; --b) outside[b] = outside[b + 1] + magnitude[b];
+  const UsedBins used(histogram);
+  const int64_t last = used.largest();
+  if (last == 0) return {0, 0};
+
+  // Divergence of the first i bins, the rest added to the last of them, from their image: each
+  // level spreads its count evenly over those of its bins that are not empty.
+  const auto divergence = [&](int64_t i) {
+    const double clipped = outside[i];
+    const double total = outside[0], inside = total - clipped;
+    double sum = 0;
+    for (int64_t level = 0; level < levels; ++level) {
+      const int64_t begin = level * i / levels, end = (level + 1) * i / levels;
+      double count = 0, filled = 0;
+      for (int64_t b = begin; b < end; ++b) {
+        count += magnitude[b];
+        filled += magnitude[b] > 0 || (b == i - 1 && clipped > 0);
+      }
+      if (filled == 0) continue;
+      const double q = count / filled / inside;
+      for (int64_t b = begin; b < end; ++b) {
+        const double p = (magnitude[b] + (b == i - 1 ? clipped : 0)) / total;
+        if (p == 0) continue;
+        if (q == 0) return std::numeric_limits<double>::infinity();
+        sum += p * std::log(p / q);
+      }
+    }
+    return sum;
+  };
+  const int64_t step = std::max<int64_t>(1, bins / 512);
+  int64_t best = last;
+  double least = divergence(last);
+  for (int64_t i = last - step; i >= levels; i -= step) {
+    const double value = divergence(i);
+    if (value < least) {
+      least = value;
+      best = i;
+    }
+  }
+  return range_of_bins(histogram, scheme, std::min(best, used.negative),
+                       std::min(best, used.positive));
+}
+
+Range calibrate(const Histogram& histogram, const Scheme& scheme, const Calibrator& calibrator) {
+  switch (calibrator.method) {
+    case CalibrationMethod::min_max:
+      return min_max_range(histogram, scheme);
+    case CalibrationMethod::percentile:
+      return percentile_range(histogram, scheme, calibrator.percentile);
+    case CalibrationMethod::mse:
+      return mse_range(histogram, scheme);
+    case CalibrationMethod::entropy:
+      return entropy_range(histogram, scheme);
+  }
+  throw Error("unknown calibration method");
+}
+
+}  // namespace vernier

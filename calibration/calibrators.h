@@ -1,0 +1,56 @@
+// From the statistics of a site to the range its codes cover: pure functions.
+#pragma once
+
+#include <vernier/calibration/histogram.h>
+#include <vernier/kernels/scheme.h>
+
+#include <string>
+
+namespace vernier {
+
+/// How a range is chosen.
+enum class CalibrationMethod {
+  min_max,     ///< the extremes
+  percentile,  ///< the smallest range that holds a share of the values
+  mse,         ///< the least mean squared quantization error
+  entropy      ///< the least Kullback-Leibler divergence
+};
+
+struct Calibrator {
+  CalibrationMethod method = CalibrationMethod::min_max;
+  double percentile = 99.99;  ///< percentile only, in (0, 100]
+
+  bool operator==(const Calibrator&) const = default;
+};
+
+/// min_max, percentile, mse or entropy (also kl). Throws Error for another name.
+CalibrationMethod calibration_method_from_string(const std::string& name);
+std::string to_string(CalibrationMethod method);
+
+/// Every function below returns [-a, a] for a symmetric scheme and an interval that holds 0 for an
+/// asymmetric one; {0, 0} where there is no finite value but zero. min_max gives the extremes to
+/// the last bit; the others give edges of bins, so that they do not move with the last bits of the
+/// values, which differ from one device to another. To them, values inside a bin lie at its centre.
+
+/// The exact extremes.
+Range min_max_range(const Histogram& histogram, const Scheme& scheme);
+
+/// The smallest a with at least `percentile` % of all finite values (zeros included) in [-a, a];
+/// asymmetric: half of what is cut off on each side. Throws Error when percentile is outside (0,
+/// 100].
+Range percentile_range(const Histogram& histogram, const Scheme& scheme, double percentile);
+
+/// Least sum of squared quantization errors (clipping and rounding), searched over ranges that
+/// shrink from the extremes by eighths of an octave and then in finer steps around the best; for
+/// asymmetric schemes each side in turn.
+Range mse_range(const Histogram& histogram, const Scheme& scheme);
+
+/// Least KL divergence between the distribution of magnitudes clipped at a and its image on the
+/// scheme's 2^(bits-1) levels (Migacz 2017, "8-bit inference with TensorRT"). Zeros have an exact
+/// code and take no part. Asymmetric: [-a, a] cut back to the bins in use.
+Range entropy_range(const Histogram& histogram, const Scheme& scheme);
+
+/// The range of a calibrator.
+Range calibrate(const Histogram& histogram, const Scheme& scheme, const Calibrator& calibrator);
+
+}  // namespace vernier

@@ -1,0 +1,85 @@
+#include <vernier/calibration/observer.h>
+#include <vernier/kernels/dispatch.h>
+#include <vernier/kernels/error.h>
+#include <vernier/kernels/statistics.h>
+
+#include <algorithm>
+
+namespace vernier {
+namespace {
+
+std::vector<Range> channels_of(const at::Tensor& values) {
+  const at::Tensor bounds = channel_range(values).cpu();
+  const int64_t columns = bounds.size(1);
+  const float* bound = bounds.const_data_ptr<float>();
+  std::vector<Range> channels;
+  channels.reserve(columns);
+  for (int64_t c = 0; c < columns; ++c) channels.push_back({bound[c], bound[columns + c]});
+  return channels;
+}
+
+Histogram histogram_of(const at::Tensor& values) {
+  const HistogramTensors parts = histogram(values);
+  const at::Tensor counts = parts.counts.cpu(), range = parts.range.cpu(),
+                   tallies = parts.tallies.cpu();
+  const int64_t* count = counts.const_data_ptr<int64_t>();
+  const int64_t* tally = tallies.const_data_ptr<int64_t>();
+  const float* extreme = range.const_data_ptr<float>();
+  return Histogram({count, count + counts.numel()}, static_cast<int32_t>(tally[0]),
+                   {extreme[0], extreme[1]}, tally[1], tally[2], tally[3]);
+}
+
+void merge_channels(std::vector<Range>& into, const std::vector<Range>& from) {
+  if (into.empty()) {
+    into = from;
+    return;
+  }
+  VERNIER_CHECK(from.empty() || into.size() == from.size(), "statistics of ", into.size(), " and ",
+                from.size(), " channels do not merge");
+  for (size_t c = 0; c < from.size(); ++c)
+    into[c] = {std::min(into[c].min, from[c].min), std::max(into[c].max, from[c].max)};
+}
+
+}  // namespace
+
+void SiteStatistics::merge(const SiteStatistics& other) {
+  merge_channels(channels, other.channels);
+  histogram.merge(other.histogram);
+}
+
+bool SiteStatistics::operator==(const SiteStatistics& other) const {
+  return histogram == other.histogram &&
+         std::equal(channels.begin(), channels.end(), other.channels.begin(), other.channels.end(),
+                    [](Range a, Range b) { return a.min == b.min && a.max == b.max; });
+}
+
+void Observer::observe(const at::Tensor& values) {
+  if (values.numel() == 0) return;
+  const at::Tensor x = values.detach().contiguous();
+  const std::vector<Range> channels = channels_of(x);
+  if (x.is_cpu()) {
+    // Counted straight into the result: for small tensors a histogram of their own would cost more
+    // than they do.
+    const ElementType type = element_type_of(x.scalar_type(), "the observed tensor");
+    const std::lock_guard lock(mutex_);
+    merge_channels(statistics_.channels, channels);
+    statistics_.histogram.add(x.const_data_ptr(), type, x.numel());
+  } else {
+    const Histogram seen = histogram_of(x);
+    const std::lock_guard lock(mutex_);
+    merge_channels(statistics_.channels, channels);
+    statistics_.histogram.merge(seen);
+  }
+}
+
+SiteStatistics Observer::statistics() const {
+  const std::lock_guard lock(mutex_);
+  return statistics_;
+}
+
+void Observer::reset() {
+  const std::lock_guard lock(mutex_);
+  statistics_ = {};
+}
+
+}  // namespace vernier

@@ -1,0 +1,117 @@
+#include <vernier/calibration/atomic_file.h>
+#include <vernier/calibration/hdf5.h>
+#include <vernier/calibration/statistics_file.h>
+#include <vernier/kernels/error.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+namespace vernier {
+namespace {
+
+constexpr const char* kFormat = "vernier-statistics";
+constexpr int64_t kVersion = 1;
+
+}  // namespace
+
+void ModelStatistics::merge(const ModelStatistics& other) {
+  VERNIER_CHECK(fingerprint == other.fingerprint,
+                "the statistics are of different models (fingerprints ", fingerprint, " and ",
+                other.fingerprint, "): merge only runs over the same one");
+  for (const ModelStatistics* run : {static_cast<const ModelStatistics*>(this), &other})
+    VERNIER_CHECK(run->samples == run->planned, "a run stopped after ", run->samples, " of ",
+                  run->planned, " samples: finish it with --resume before merging");
+  VERNIER_CHECK(sites.size() == other.sites.size(), "the statistics cover ", sites.size(), " and ",
+                other.sites.size(), " layers: merge only runs over the same ones");
+  for (const auto& [name, site] : other.sites) {
+    const auto mine = sites.find(name);
+    VERNIER_CHECK(mine != sites.end(), "layer '", name,
+                  "' is in only one of the statistics: merge only runs over the same layers");
+    mine->second.merge(site);
+  }
+  if (data != other.data) data.clear();
+  first_sample = std::min(first_sample, other.first_sample);
+  samples += other.samples;
+  planned += other.planned;
+}
+
+void save_statistics(const ModelStatistics& statistics, const std::filesystem::path& path) {
+  AtomicFile target(path);
+  hdf5::File file = hdf5::File::create(target.temporary());
+  file.set_attribute("/", "format", kFormat);
+  file.set_attribute("/", "version", kVersion);
+  file.set_attribute("/", "model_fingerprint", statistics.fingerprint);
+  file.set_attribute("/", "data_fingerprint", statistics.data);
+  file.set_attribute("/", "samples", statistics.samples);
+  file.set_attribute("/", "first_sample", statistics.first_sample);
+  file.set_attribute("/", "planned_samples", statistics.planned);
+  file.create_group("sites");
+  for (const auto& [name, site] : statistics.sites) {
+    const std::string group = "sites/" + name;
+    const Histogram& histogram = site.histogram;
+    file.write<int64_t>(group + "/counts", histogram.counts(),
+                        std::array<int64_t, 2>{2, histogram.bins()});
+    std::vector<float> channels;
+    for (const Range& channel : site.channels) channels.push_back(channel.min);
+    for (const Range& channel : site.channels) channels.push_back(channel.max);
+    file.write(group + "/channel_range", channels, {2, static_cast<int64_t>(site.channels.size())});
+    file.set_attribute(group, "exponent", int64_t{histogram.exponent()});
+    file.set_attribute(group, "min", static_cast<double>(histogram.range().min));
+    file.set_attribute(group, "max", static_cast<double>(histogram.range().max));
+    file.set_attribute(group, "zeros", histogram.zeros());
+    file.set_attribute(group, "nans", histogram.nans());
+    file.set_attribute(group, "infinities", histogram.infinities());
+  }
+  file.close();
+  target.commit();
+}
+
+ModelStatistics load_statistics(const std::filesystem::path& path) {
+  const hdf5::File file = hdf5::File::open(path);
+  VERNIER_CHECK(file.has_attribute("/", "format") &&
+                    file.attribute_string("/", "format") == kFormat && file.is_group("sites"),
+                path.string(), " is not a statistics file: make one with `vernier calibrate`");
+  const int64_t version = file.attribute_int("/", "version");
+  VERNIER_CHECK(version == kVersion, path.string(), " has version ", version,
+                " of the statistics format and this program reads version ", kVersion);
+  ModelStatistics statistics;
+  statistics.fingerprint = file.attribute_string("/", "model_fingerprint");
+  statistics.data = file.attribute_string("/", "data_fingerprint");
+  statistics.samples = file.attribute_int("/", "samples");
+  statistics.first_sample = file.attribute_int("/", "first_sample");
+  statistics.planned = file.attribute_int("/", "planned_samples");
+  VERNIER_CHECK(statistics.first_sample >= 0 && statistics.samples >= 0 &&
+                    statistics.samples <= statistics.planned,
+                path.string(), ": the sample counts contradict each other; the file is damaged");
+  for (const std::string& name : file.children("sites")) {
+    const std::string group = "sites/" + name;
+    const std::vector<int64_t> shape = file.info(group + "/counts").shape;
+    const std::vector<int64_t> channel_shape = file.info(group + "/channel_range").shape;
+    VERNIER_CHECK(
+        shape.size() == 2 && shape[0] == 2 && channel_shape.size() == 2 && channel_shape[0] == 2,
+        path.string(), ": site '", name, "' has datasets of the wrong shape");
+    const int64_t exponent = file.attribute_int(group, "exponent");
+    VERNIER_CHECK(exponent >= kSmallestExponent && exponent <= 127, path.string(), ": site '", name,
+                  "' has the exponent ", exponent, "; the file is damaged");
+    SiteStatistics site;
+    try {
+      site.histogram =
+          Histogram(file.read<int64_t>(group + "/counts"), static_cast<int32_t>(exponent),
+                    {static_cast<float>(file.attribute_double(group, "min")),
+                     static_cast<float>(file.attribute_double(group, "max"))},
+                    file.attribute_int(group, "zeros"), file.attribute_int(group, "nans"),
+                    file.attribute_int(group, "infinities"));
+    } catch (const Error& error) {
+      throw Error(concat(path.string(), ": site '", name, "': ", error.what()));
+    }
+    const std::vector<float> bounds = file.read<float>(group + "/channel_range");
+    const size_t channels = bounds.size() / 2;
+    for (size_t c = 0; c < channels; ++c)
+      site.channels.push_back({bounds[c], bounds[channels + c]});
+    statistics.sites.emplace(name, std::move(site));
+  }
+  return statistics;
+}
+
+}  // namespace vernier

@@ -1,0 +1,35 @@
+// The statistics of a whole model and their HDF5 file (docs/file-formats.md).
+#pragma once
+
+#include <vernier/calibration/observer.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+
+namespace vernier {
+
+/// What one or several calibration runs saw. Everything a calibrator needs; the data is not needed
+/// again.
+struct ModelStatistics {
+  std::string fingerprint;   ///< of the float model: statistics of another one are refused
+  std::string data;          ///< fingerprint of the data file; "" after merging different ones
+  int64_t samples = 0;       ///< samples seen
+  int64_t first_sample = 0;  ///< the first row of the data that belongs to this run
+  int64_t planned = 0;       ///< samples the run was to see; samples < planned: it was interrupted
+  std::map<std::string, SiteStatistics> sites;  ///< by layer: the values that enter it
+
+  /// Adds another run over the same model. Throws Error when fingerprints, layers or channels
+  /// differ, or either run is not complete.
+  void merge(const ModelStatistics& other);
+};
+
+/// Writes the file whole or not at all. Throws Error when it cannot be written.
+void save_statistics(const ModelStatistics& statistics, const std::filesystem::path& path);
+
+/// Throws Error when the file is missing, truncated, not a statistics file, of a newer version or
+/// contradicts itself.
+ModelStatistics load_statistics(const std::filesystem::path& path);
+
+}  // namespace vernier

@@ -1,0 +1,44 @@
+#include <c10/util/Exception.h>
+#include <vernier/cli/commands.h>
+#include <vernier/cli/console.h>
+#include <vernier/kernels/error.h>
+
+#include <new>
+
+namespace {
+
+// The first line of a message of another library, which may carry a stack trace.
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  using namespace vernier::cli;
+  CLI::App app{"Quantization-aware training and calibration: what was trained is what runs."};
+  app.set_version_flag("--version", "vernier " VERNIER_VERSION);
+  app.require_subcommand(1);
+  Action action;
+  add_quantize(app, action);
+  add_calibrate(app, action);
+  add_export(app, action);
+  add_validate(app, action);
+  add_eval(app, action);
+  add_inspect(app, action);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? kDone : kWrongUse;
+  }
+  try {
+    return action();
+  } catch (const vernier::Error& error) {
+    note(std::string("vernier: ") + error.what());
+  } catch (const c10::Error& error) {
+    note("vernier: " + first_line(error.what_without_backtrace()));
+  } catch (const std::bad_alloc&) {
+    note("vernier: out of memory: use a smaller batch, or a machine with more");
+  } catch (const std::exception& error) {
+    note("vernier: " + first_line(error.what()));
+  }
+  return kWrongUse;
+}

@@ -1,0 +1,95 @@
+#include <vernier/calibration/atomic_file.h>
+#include <vernier/cli/commands.h>
+#include <vernier/cli/console.h>
+#include <vernier/kernels/error.h>
+
+namespace vernier::cli {
+namespace {
+
+struct Options {
+  CommonOptions common;
+  RecipeOptions recipe;
+  std::string model, out, data, eval_data;
+  std::optional<int64_t> samples;
+  int64_t batch_size = 64;
+  double tolerance = 0.05;
+};
+
+int run(const Options& options) {
+  const torch::Device device = options.common.chosen_device();
+  const Recipe recipe = options.recipe.load();
+  const bool needs_data = !recipe.activations.scheme.dynamic;
+  VERNIER_CHECK(!needs_data || !options.data.empty(), "recipe ", recipe.name,
+                " has static scales: give calibration data with --data");
+  VERNIER_CHECK(std::filesystem::is_directory(options.model), options.model,
+                " is not a Hugging Face folder: quantize starts from a float model");
+  {
+    const AtomicFile writable(options.out);
+  }  // so that an hour's work does not end at a missing folder
+  std::optional<TokenDataset> data, eval_data;
+  if (!options.data.empty()) data = TokenDataset::open(options.data);
+  if (!options.eval_data.empty()) eval_data = TokenDataset::open(options.eval_data);
+
+  const auto model = load_text_model(options.model);
+  model->to(device);
+  apply_recipe(*model, recipe);
+  ModelStatistics statistics;
+  if (needs_data) statistics = calibrate_on(*model, *data, options.samples);
+  calibrate_layers(*model, statistics);
+  model->info.recipe = recipe.name;
+  save_checkpoint(*model, model->info, options.out);
+
+  nlohmann::ordered_json json;
+  json["command"] = "quantize";
+  json["model"] = options.model;
+  json["recipe"] = recipe.name;
+  json["out"] = options.out;
+  json["device"] = device.str();
+  json["bytes_float"] = model_bytes(options.model);
+  json["bytes_integer"] = model_bytes(options.out);
+  json["layers"] = quantized_layers(*model).size();
+
+  const TokenDataset* judged = eval_data ? &*eval_data : data ? &*data : nullptr;
+  if (!judged) {
+    note("no data to validate on: give some with --eval-data");
+    if (options.common.json) print_json(json);
+    return kDone;
+  }
+  // What is judged is what was written: the checkpoint, loaded back.
+  const auto quantized = load_quantized(options.out, device);
+  const Comparison comparison = compare_on(model.get(), *quantized, *judged, options.batch_size);
+  json.update(comparison_json(comparison, options.tolerance));
+  if (options.common.json) {
+    print_json(json);
+  } else {
+    print_comparison(comparison, options.tolerance);
+    note(concat(options.out, ": ", megabytes(json["bytes_integer"]), ", ",
+                megabytes(json["bytes_float"]), " before"));
+  }
+  return comparison.validation.passed(options.tolerance) ? kDone : kBoundNotMet;
+}
+
+}  // namespace
+
+void add_quantize(CLI::App& app, Action& action) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand(
+      "quantize",
+      "calibrate, quantize, export and validate a model, with its accuracy before and after");
+  command->add_option("--model", options->model, "Hugging Face folder")->required();
+  command->add_option("--data", options->data, "calibration data, HDF5");
+  command->add_option("--eval-data", options->eval_data, "data to validate on (default: --data)");
+  command->add_option("--out", options->out, "checkpoint to write, .h5")->required();
+  command->add_option("--samples", options->samples, "calibrate on the first so many samples");
+  command->add_option("--batch-size", options->batch_size, "samples a batch when validating")
+      ->capture_default_str();
+  command
+      ->add_option("--tolerance", options->tolerance,
+                   "largest relative difference of the outputs of integer and fake-quant runs")
+      ->capture_default_str();
+  options->recipe.add_to(*command);
+  options->common.add_to(*command);
+  command->callback([options, &action] { action = [options] { return run(*options); }; });
+}
+
+}  // namespace vernier::cli

@@ -1,0 +1,231 @@
+#include <vernier/calibration/atomic_file.h>
+#include <vernier/export/checkpoint.h>
+#include <vernier/kernels/error.h>
+#include <vernier/qat/layer.h>
+
+#include <map>
+#include <set>
+
+namespace vernier {
+namespace {
+
+using torch::Tensor;
+
+constexpr const char* kFormat = "vernier-checkpoint";
+constexpr int64_t kVersion = 1;
+
+template <typename T>
+void write_as(hdf5::File& file, const std::string& path, const Tensor& dense) {
+  file.write<T>(path, std::span<const T>(dense.const_data_ptr<T>(), dense.numel()),
+                std::span<const int64_t>(dense.sizes().data(), dense.sizes().size()));
+}
+
+void write_tensor(hdf5::File& file, const std::string& path, const Tensor& tensor) {
+  const Tensor dense = tensor.detach().cpu().contiguous();
+  switch (dense.scalar_type()) {
+    case torch::kFloat:
+      return write_as<float>(file, path, dense);
+    case torch::kDouble:
+      return write_as<double>(file, path, dense);
+    case torch::kChar:
+      return write_as<int8_t>(file, path, dense);
+    case torch::kInt:
+      return write_as<int32_t>(file, path, dense);
+    case torch::kLong:
+      return write_as<int64_t>(file, path, dense);
+    case torch::kHalf:
+    case torch::kBFloat16: {
+      const auto* bits = static_cast<const uint16_t*>(dense.const_data_ptr());
+      const bool half = dense.scalar_type() == torch::kHalf;
+      return file.write_half_bits(
+          path, {bits, static_cast<size_t>(dense.numel())},
+          std::span<const int64_t>(dense.sizes().data(), dense.sizes().size()),
+          half ? hdf5::ElementType::float16 : hdf5::ElementType::bfloat16);
+    }
+    default:
+      throw Error(concat("tensor '", path, "' has dtype ", c10::toString(dense.scalar_type()),
+                         ", which the checkpoint format has no place for"));
+  }
+}
+
+template <typename T>
+Tensor read_as(const hdf5::File& file, const std::string& path, const std::vector<int64_t>& shape,
+               torch::Dtype dtype) {
+  const std::vector<T> values = file.read<T>(path);
+  return torch::from_blob(const_cast<T*>(values.data()), shape, dtype).clone();
+}
+
+Tensor read_tensor(const hdf5::File& file, const std::string& path) {
+  const hdf5::DatasetInfo info = file.info(path);
+  switch (info.type) {
+    case hdf5::ElementType::float32:
+      return read_as<float>(file, path, info.shape, torch::kFloat);
+    case hdf5::ElementType::float64:
+      return read_as<double>(file, path, info.shape, torch::kDouble);
+    case hdf5::ElementType::int8:
+      return read_as<int8_t>(file, path, info.shape, torch::kChar);
+    case hdf5::ElementType::int32:
+      return read_as<int32_t>(file, path, info.shape, torch::kInt);
+    case hdf5::ElementType::int64:
+      return read_as<int64_t>(file, path, info.shape, torch::kLong);
+    case hdf5::ElementType::float16:
+    case hdf5::ElementType::bfloat16: {
+      const std::vector<uint16_t> bits = file.read_half_bits(path);
+      const auto dtype = info.type == hdf5::ElementType::float16 ? torch::kHalf : torch::kBFloat16;
+      return torch::from_blob(const_cast<uint16_t*>(bits.data()), info.shape, dtype).clone();
+    }
+    default:
+      throw Error(concat(file.path().string(), ": tensor '", path, "' has the element type ",
+                         hdf5::element_type_name(info.type), ", which checkpoints do not use"));
+  }
+}
+
+void write_quantizer(hdf5::File& file, const std::string& group, const std::string& prefix,
+                     const QuantizerImpl& quantizer) {
+  const Scheme& scheme = quantizer.scheme();
+  file.set_attribute(group, prefix + "_bits", scheme.bits);
+  file.set_attribute(group, prefix + "_granularity", to_string(scheme.granularity));
+  file.set_attribute(group, prefix + "_group_size", scheme.group_size);
+  file.set_attribute(group, prefix + "_symmetric", scheme.symmetric);
+  file.set_attribute(group, prefix + "_narrow_range", scheme.narrow_range);
+  file.set_attribute(group, prefix + "_dynamic", scheme.dynamic);
+  if (scheme.dynamic) return;
+  write_tensor(file, group + "/" + prefix + "_scale", quantizer.scale());
+  if (const auto zero_point = quantizer.zero_point())
+    write_tensor(file, group + "/" + prefix + "_zero_point", *zero_point);
+}
+
+void read_quantizer(const hdf5::File& file, const std::string& group, const std::string& prefix,
+                    QuantizerImpl& quantizer) {
+  Scheme scheme;
+  const int64_t bits = file.attribute_int(group, prefix + "_bits");
+  VERNIER_CHECK(bits >= 2 && bits <= 8, prefix, "_bits is ", bits, ", not 2 to 8");
+  scheme.bits = static_cast<int>(bits);
+  scheme.granularity =
+      granularity_from_string(file.attribute_string(group, prefix + "_granularity"));
+  scheme.group_size = file.attribute_int(group, prefix + "_group_size");
+  scheme.symmetric = file.attribute_bool(group, prefix + "_symmetric");
+  scheme.narrow_range = file.attribute_bool(group, prefix + "_narrow_range");
+  scheme.dynamic = file.attribute_bool(group, prefix + "_dynamic");
+  QuantizerSettings settings;
+  settings.scheme = scheme;
+  quantizer.set_settings(settings);
+  if (scheme.dynamic) return;
+  std::optional<Tensor> zero_point;
+  if (!scheme.symmetric) zero_point = read_tensor(file, group + "/" + prefix + "_zero_point");
+  quantizer.set_scale(read_tensor(file, group + "/" + prefix + "_scale"), zero_point);
+}
+
+// Every parameter and buffer that is not a quantizer's, under its name.
+std::map<std::string, Tensor> plain_tensors(const torch::nn::Module& model) {
+  std::set<std::string> quantizer_buffers;
+  for (const auto& item : model.named_modules(std::string(), false))
+    if (std::dynamic_pointer_cast<QuantizerImpl>(item.value()))
+      for (const auto& buffer : item.value()->named_buffers(false))
+        quantizer_buffers.insert(item.key() + "." + buffer.key());
+  std::map<std::string, Tensor> tensors;
+  for (const auto& item : model.named_parameters()) tensors.emplace(item.key(), item.value());
+  for (const auto& item : model.named_buffers())
+    if (!quantizer_buffers.count(item.key())) tensors.emplace(item.key(), item.value());
+  return tensors;
+}
+
+}  // namespace
+
+void save_checkpoint(const torch::nn::Module& model, const CheckpointInfo& info,
+                     const std::filesystem::path& path) {
+  AtomicFile target(path);
+  hdf5::File file = hdf5::File::create(target.temporary());
+  file.set_attribute("/", "format", kFormat);
+  file.set_attribute("/", "version", kVersion);
+  file.set_attribute("/", "architecture", info.architecture);
+  file.set_attribute("/", "recipe", info.recipe);
+  file.set_attribute("/", "model_fingerprint", info.fingerprint);
+  file.write_text("config", info.config);
+  file.create_group("layers");
+  file.create_group("tensors");
+  std::map<std::string, Tensor> tensors = plain_tensors(model);
+  for (const auto& [name, layer] : quantized_layers(model)) {
+    if (!layer->quantized()) continue;
+    const std::string group = "layers/" + name;
+    VERNIER_CHECK(layer->input_quantizer->calibrated() && layer->weight_quantizer->calibrated(),
+                  "layer '", name, "' is not calibrated: calibrate the model before exporting it");
+    file.create_group(group);
+    write_quantizer(file, group, "input", *layer->input_quantizer);
+    write_quantizer(file, group, "weight", *layer->weight_quantizer);
+    write_tensor(
+        file, group + "/weight_codes",
+        layer->weight_quantizer->codes(layer->float_weight().detach().to(torch::kFloat)).codes);
+    tensors.erase(name + ".weight");
+  }
+  for (const auto& [name, tensor] : tensors) write_tensor(file, "tensors/" + name, tensor);
+  file.close();
+  target.commit();
+}
+
+bool Checkpoint::is_checkpoint(const std::filesystem::path& path) {
+  try {
+    const hdf5::File file = hdf5::File::open(path);
+    return file.has_attribute("/", "format") && file.attribute_string("/", "format") == kFormat;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+Checkpoint Checkpoint::open(const std::filesystem::path& path) {
+  hdf5::File file = hdf5::File::open(path);
+  VERNIER_CHECK(
+      file.has_attribute("/", "format") && file.attribute_string("/", "format") == kFormat &&
+          file.is_group("layers") && file.is_group("tensors"),
+      path.string(),
+      " is not a vernier checkpoint: make one with `vernier quantize` or `vernier export`");
+  const int64_t version = file.attribute_int("/", "version");
+  VERNIER_CHECK(version == kVersion, path.string(), " has version ", version,
+                " of the checkpoint format and this program reads version ", kVersion);
+  CheckpointInfo info;
+  info.architecture = file.attribute_string("/", "architecture");
+  info.recipe = file.attribute_string("/", "recipe");
+  info.fingerprint = file.attribute_string("/", "model_fingerprint");
+  info.config = file.read_text("config");
+  return Checkpoint(std::move(file), std::move(info));
+}
+
+void Checkpoint::load_into(torch::nn::Module& model) const {
+  const torch::NoGradGuard no_grad;
+  const std::string where = file_.path().string();
+  std::map<std::string, Tensor> tensors = plain_tensors(model);
+  std::set<std::string> in_file;
+  for (const std::string& name : file_.children("layers")) in_file.insert(name);
+  for (const auto& [name, layer] : quantized_layers(model)) {
+    if (in_file.erase(name) == 0) {
+      layer->set_quantized(false);
+      continue;
+    }
+    const std::string group = "layers/" + name;
+    try {
+      read_quantizer(file_, group, "input", *layer->input_quantizer);
+      read_quantizer(file_, group, "weight", *layer->weight_quantizer);
+      layer->load_weight_codes(read_tensor(file_, group + "/weight_codes"));
+      layer->set_mode(Mode::integer);
+    } catch (const Error& error) {
+      throw Error(concat(where, ": layer '", name, "': ", error.what()));
+    }
+    tensors.erase(name + ".weight");
+  }
+  VERNIER_CHECK(in_file.empty(), where, ": the model has no layer '", *in_file.begin(),
+                "': the checkpoint is of another architecture");
+  for (const std::string& name : file_.children("tensors")) {
+    const auto found = tensors.find(name);
+    VERNIER_CHECK(found != tensors.end(), where, ": the model has no tensor '", name,
+                  "': the checkpoint is of another architecture");
+    const Tensor value = read_tensor(file_, "tensors/" + name);
+    VERNIER_CHECK(value.sizes() == found->second.sizes(), where, ": tensor '", name, "' has shape ",
+                  value.sizes(), " but the model needs ", found->second.sizes());
+    found->second.set_data(value);
+    tensors.erase(found);
+  }
+  VERNIER_CHECK(tensors.empty(), where, ": tensor '", tensors.begin()->first,
+                "' is missing: the file is damaged or of another architecture");
+}
+
+}  // namespace vernier

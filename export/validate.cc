@@ -1,0 +1,169 @@
+#include <vernier/export/validate.h>
+#include <vernier/kernels/error.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace vernier {
+namespace {
+
+using torch::Tensor;
+
+int64_t differing(const Tensor& a, const Tensor& b) { return a.ne(b).sum().item<int64_t>(); }
+
+// The integer codes, zero point taken off, that a fake-quantized tensor stands for: its values are
+// exact multiples of the scale but for one rounding, so the nearest multiple is the code.
+Tensor centred_codes(const Tensor& fake_quantized, const Tensor& scale) {
+  return fake_quantized.to(torch::kDouble).div(scale.to(torch::kDouble)).round();
+}
+
+// A scale per row or one for all, as a column that broadcasts over [rows, channels].
+Tensor as_column(const Tensor& scale) { return scale.reshape({-1, 1}); }
+
+// Takes the probes off again, also when a run throws.
+class ProbeGuard {
+ public:
+  explicit ProbeGuard(const std::vector<NamedLayer>& layers) : layers_(layers) {}
+  ~ProbeGuard() {
+    for (const auto& item : layers_) item.layer->set_probe(nullptr);
+  }
+  ProbeGuard(const ProbeGuard&) = delete;
+  ProbeGuard& operator=(const ProbeGuard&) = delete;
+
+ private:
+  const std::vector<NamedLayer>& layers_;
+};
+
+}  // namespace
+
+int64_t ValidationReport::total(int64_t LayerValidation::*member) const {
+  int64_t sum = 0;
+  for (const LayerValidation& layer : layers) sum += layer.*member;
+  return sum;
+}
+
+double ValidationReport::relative_output_error() const {
+  return output_signal > 0 ? std::sqrt(output_noise / output_signal) : std::sqrt(output_noise);
+}
+
+bool ValidationReport::passed(double output_tolerance) const {
+  return runs > 0 && total(&LayerValidation::code_mismatches) == 0 &&
+         total(&LayerValidation::weight_code_mismatches) == 0 &&
+         total(&LayerValidation::accumulator_mismatches) == 0 &&
+         total(&LayerValidation::outside_bound) == 0 &&
+         relative_output_error() <= output_tolerance;  // false for NaN
+}
+
+Validator::Validator(torch::nn::Module& model) : model_(model) {
+  const ModeGuard integer(model,
+                          Mode::integer);  // checks the calibration and makes the weight codes
+  for (const NamedLayer& item : quantized_layers(model)) {
+    if (!item.layer->quantized()) continue;
+    layers_.push_back(item);
+    LayerValidation result;
+    result.name = item.name;
+    compare_weight(*item.layer, result);
+    report_.layers.push_back(std::move(result));
+  }
+  VERNIER_CHECK(!layers_.empty(), "the model has no quantized layer: nothing can be validated");
+}
+
+void Validator::compare_weight(QuantizedLayer& layer, LayerValidation& result) {
+  const torch::NoGradGuard no_grad;
+  const Tensor fake =
+      layer.weight_quantizer->forward(layer.float_weight().detach().to(torch::kFloat));
+  const Tensor implied = centred_codes(fake, as_column(layer.weight_quantizer->scale()));
+  result.weight_codes = implied.numel();
+  result.weight_code_mismatches = differing(implied, layer.weight_codes().to(torch::kDouble));
+}
+
+void Validator::add(const std::function<Tensor()>& run) {
+  const torch::NoGradGuard no_grad;
+  const ProbeGuard probes(layers_);
+
+  // The integer run, each layer on what the layers before it made of the batch.
+  std::vector<std::vector<Tensor>> integer_codes(layers_.size());
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    QuantizedLayer* layer = layers_[i].layer.get();
+    layer->set_probe([layer, &codes = integer_codes[i]](const Tensor& input, const Tensor&) {
+      codes.push_back(layer->input_quantizer->codes(input).codes);
+    });
+  }
+  Tensor integer_output;
+  {
+    const ModeGuard mode(model_, Mode::integer);
+    integer_output = run();
+  }
+
+  // The fake-quant run, whose inputs both sides of every layer are given.
+  std::vector<size_t> calls(layers_.size());
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const auto probe = [&, i](const Tensor& input, const Tensor& output) {
+      QuantizedLayer& layer = *layers_[i].layer;
+      LayerValidation& result = report_.layers[i];
+      const int64_t k = input.size(-1);
+      const Tensor x = input.reshape({-1, k});
+
+      const QuantizerImpl::Codes integer = layer.input_quantizer->codes(x);
+      const Tensor scale = as_column(integer.scale);
+      const Tensor fake = centred_codes(layer.input_quantizer->forward(x.to(torch::kFloat)), scale);
+      Tensor centred = integer.codes.to(torch::kDouble);
+      if (const auto zero_point = layer.input_quantizer->zero_point())
+        centred -= zero_point->to(torch::kDouble);
+      result.codes += fake.numel();
+      result.code_mismatches += differing(fake, centred);
+
+      const Tensor weight = layer.weight_codes().to(torch::kDouble);
+      const Tensor exact = fake.mm(weight.t());
+      result.accumulators += exact.numel();
+      result.accumulator_mismatches +=
+          differing(exact, layer.accumulators(integer.codes).to(torch::kDouble));
+
+      const Tensor integer_y = layer.integer_forward(x).to(torch::kDouble);
+      const Tensor fake_y = output.reshape({x.size(0), -1}).to(torch::kDouble);
+      const Tensor difference = (integer_y - fake_y).abs();
+      // sum |x||w| in float32: a rounding of the bound itself, which the 8 spare roundings cover.
+      const Tensor magnitude = fake.abs().to(torch::kFloat).mm(weight.abs().to(torch::kFloat).t());
+      Tensor bound = magnitude * scale * layer.weight_quantizer->scale();
+      if (const Tensor& bias = layer.float_bias(); bias.defined()) bound = bound + bias.abs();
+      double unit = std::ldexp(1.0, -24);
+      // Half precision outputs add their own rounding, one on each side.
+      if (output.scalar_type() != torch::kFloat)
+        unit +=
+            (output.scalar_type() == torch::kHalf ? std::ldexp(1.0, -10) : std::ldexp(1.0, -7)) /
+            static_cast<double>(k + 8);
+      bound = bound.to(torch::kDouble) * (static_cast<double>(k + 8) * unit);
+      result.outputs += difference.numel();
+      result.outside_bound += difference.gt(bound).sum().item<int64_t>();
+      if (difference.numel() > 0) {
+        result.max_difference = std::max(result.max_difference, difference.max().item<double>());
+        const Tensor share = difference / bound.clamp_min(1e-300);
+        result.worst_of_bound = std::max(result.worst_of_bound, share.max().item<double>());
+      }
+
+      VERNIER_CHECK(calls[i] < integer_codes[i].size(), "layer '", layers_[i].name,
+                    "' ran more often in fake_quant than in integer mode");
+      result.moved_codes +=
+          differing(integer.codes.flatten(), integer_codes[i][calls[i]++].flatten());
+    };
+    layers_[i].layer->set_probe(probe);
+  }
+  Tensor fake_output;
+  {
+    const ModeGuard mode(model_, Mode::fake_quant);
+    fake_output = run();
+  }
+
+  const Tensor expected = fake_output.to(torch::kDouble);
+  const Tensor difference = integer_output.to(torch::kDouble) - expected;
+  ++report_.runs;
+  report_.output_signal += expected.square().sum().item<double>();
+  report_.output_noise += difference.square().sum().item<double>();
+  if (expected.numel() > 0) {
+    report_.max_output_difference =
+        std::max(report_.max_output_difference, difference.abs().max().item<double>());
+    report_.max_output = std::max(report_.max_output, expected.abs().max().item<double>());
+  }
+}
+
+}  // namespace vernier

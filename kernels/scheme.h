@@ -1,0 +1,135 @@
+// The numeric contract: which codes a tensor is quantized to, which elements share a scale, and how
+// a scale turns a number into a code. Host and device code share this header, so CPU and GPU cannot
+// differ.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+
+#ifdef __CUDACC__
+#define VERNIER_HOST_DEVICE __host__ __device__
+#else
+#define VERNIER_HOST_DEVICE
+#endif
+
+namespace vernier {
+
+/// Which elements of a tensor share one scale.
+enum class Granularity {
+  per_tensor,   ///< one scale
+  per_channel,  ///< one scale for each index of one axis (weights: the output channel, axis 0)
+  per_token,    ///< one scale for each row: all axes but the last
+  per_group     ///< one scale for each `group_size` consecutive elements of the last axis
+};
+
+/// How a tensor is quantized.
+struct Scheme {
+  int bits = 8;  ///< 2..8; codes are stored as int8 whatever the width
+  Granularity granularity = Granularity::per_tensor;
+  int64_t group_size = 0;    ///< per_group only; divides the last axis
+  bool symmetric = true;     ///< zero_point is 0
+  bool narrow_range = true;  ///< symmetric only: leave out the lowest code, [-127, 127]
+  bool dynamic = false;  ///< the scale comes from each tensor as it passes, not from calibration
+
+  int32_t qmin() const { return -(int32_t{1} << (bits - 1)) + (symmetric && narrow_range ? 1 : 0); }
+  int32_t qmax() const { return (int32_t{1} << (bits - 1)) - 1; }
+
+  bool operator==(const Scheme&) const = default;
+
+  /// Throws Error when a field is outside its range or the fields contradict each other.
+  void check() const;
+};
+
+/// The default scheme of a width: symmetric; 8 bits use [-127, 127], fewer bits the full range
+/// (int4 [-8, 7]), since giving up one code of sixteen costs more than symmetry gains.
+Scheme symmetric_scheme(int bits, Granularity granularity = Granularity::per_tensor,
+                        int64_t group_size = 0);
+
+/// The asymmetric scheme of a width: codes [-2^(b-1), 2^(b-1) - 1] and a zero point inside them.
+Scheme asymmetric_scheme(int bits, Granularity granularity = Granularity::per_tensor,
+                         int64_t group_size = 0);
+
+std::string to_string(Granularity granularity);
+/// Throws Error for an unknown name.
+Granularity granularity_from_string(const std::string& name);
+/// For people: "int8 per_channel symmetric [-127, 127]".
+std::string to_string(const Scheme& scheme);
+
+/// A closed interval of real values, float32.
+struct Range {
+  float min = 0;
+  float max = 0;
+};
+
+/// What maps real values to codes.
+struct ScaleAndZeroPoint {
+  float scale = 1;
+  int32_t zero_point = 0;
+};
+
+/// scale = range / qmax in float32 (symmetric: range = max(|min|, |max|)); asymmetric: scale = (max
+/// - min) / (qmax - qmin) over the range extended to hold 0, zero_point = qmin - round(min /
+/// scale), so that 0.0 has an exact code. A range of zero (or one so small that its scale is no
+/// number) gives scale 1. Throws Error when a bound is NaN or infinite.
+ScaleAndZeroPoint scale_from_range(Range range, const Scheme& scheme);
+
+/// Symmetric scale of an absolute maximum; the device form of scale_from_range.
+VERNIER_HOST_DEVICE inline float scale_from_amax(float amax, int32_t qmax) {
+#ifdef __CUDA_ARCH__
+  const float scale = __fdiv_rn(amax, static_cast<float>(qmax));
+#else
+  const float scale = amax / static_cast<float>(qmax);
+#endif
+  return scale > 0.0f ? scale : 1.0f;
+}
+
+/// code = clamp(round_half_even(x / scale) + zero_point, qmin, qmax), as ONNX QuantizeLinear. The
+/// clamp comes before the rounding: with integer bounds the result is the same, and no value leaves
+/// the range where float holds every integer. NaN becomes qmin on every device.
+VERNIER_HOST_DEVICE inline int32_t quantize_value(float x, float scale, int32_t zero_point,
+                                                  int32_t qmin, int32_t qmax) {
+#ifdef __CUDA_ARCH__
+  float q = __fdiv_rn(x, scale);
+#else
+  float q = x / scale;
+#endif
+  const float low = static_cast<float>(qmin - zero_point);
+  const float high = static_cast<float>(qmax - zero_point);
+  q = q > low ? q : low;
+  q = q < high ? q : high;
+#ifdef __CUDA_ARCH__
+  return __float2int_rn(q) + zero_point;
+#else
+  return static_cast<int32_t>(std::nearbyintf(q)) + zero_point;
+#endif
+}
+
+/// (code - zero_point) * scale in float32: one rounding.
+VERNIER_HOST_DEVICE inline float dequantize_value(int32_t code, float scale, int32_t zero_point) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(static_cast<float>(code - zero_point), scale);
+#else
+  return static_cast<float>(code - zero_point) * scale;
+#endif
+}
+
+/// Whether the straight-through gradient passes: the unclamped code lies in [qmin, qmax]
+/// (Bengio 2013, arXiv 1308.3432; clipping as in Jacob 2018, arXiv 1712.05877).
+VERNIER_HOST_DEVICE inline bool passes_gradient(float x, float scale, int32_t zero_point,
+                                                int32_t qmin, int32_t qmax) {
+#ifdef __CUDA_ARCH__
+  const float q = rintf(__fdiv_rn(x, scale));
+#else
+  const float q = std::nearbyintf(x / scale);
+#endif
+  return q >= static_cast<float>(qmin - zero_point) && q <= static_cast<float>(qmax - zero_point);
+}
+
+/// The largest K for which K products of two 8-bit codes, 127 * 127 each, fit an int32 sum.
+inline constexpr int64_t kMaxInt8GemmK = 133144;
+/// The same where activation codes are asymmetric: |code - zero_point| <= 255 against |weight| <=
+/// 127.
+inline constexpr int64_t kMaxInt8GemmKAsymmetric = 66311;
+
+}  // namespace vernier

@@ -1,0 +1,59 @@
+#include <vernier/kernels/error.h>
+#include <vernier/kernels/int8_gemm.h>
+#include <vernier/qat/linear.h>
+
+namespace vernier::nn {
+
+using torch::Tensor;
+
+LinearImpl::LinearImpl(const torch::nn::LinearOptions& linear_options)
+    : torch::nn::LinearImpl(linear_options) {
+  input_quantizer = register_module("input_quantizer", Quantizer(QuantizerSettings{}));
+  QuantizerSettings per_channel;
+  per_channel.scheme = symmetric_scheme(8, Granularity::per_channel);
+  weight_quantizer = register_module("weight_quantizer", Quantizer(per_channel));
+}
+
+Tensor LinearImpl::forward(const Tensor& input) {
+  Tensor output;
+  switch (mode()) {
+    case Mode::observe:
+      input_quantizer->observe(input);
+      [[fallthrough]];
+    case Mode::full:
+      output = torch::nn::LinearImpl::forward(input);
+      break;
+    case Mode::fake_quant:
+      output = torch::nn::functional::linear(input_quantizer->forward(input),
+                                             weight_quantizer->forward(weight), bias);
+      break;
+    case Mode::integer:
+      output = integer_forward(input);
+      break;
+  }
+  after_forward(input, output);
+  return output;
+}
+
+Tensor LinearImpl::integer_forward(const Tensor& input) const {
+  const torch::NoGradGuard no_grad;
+  const int64_t in = options.in_features(), out = options.out_features();
+  VERNIER_CHECK(input.dim() >= 1 && input.size(-1) == in, "the input has shape ", input.sizes(),
+                " but the layer takes [..., ", in, "]");
+  VERNIER_CHECK(weight_codes().defined() && weight_codes().device() == input.device(),
+                "the input is on ", input.device(),
+                " but the layer has no weight codes there: set the mode again after moving it");
+  const auto [codes, scale] = input_quantizer->codes(input.reshape({-1, in}));
+  std::optional<Tensor> zero_point = input_quantizer->zero_point();
+  std::optional<Tensor> sums;
+  if (zero_point) sums = weight_sum();
+  std::optional<Tensor> float_bias;
+  if (bias.defined()) float_bias = bias.to(torch::kFloat);
+  Tensor output = int8_linear(codes, weight_codes(), scale, weight_quantizer->scale(), float_bias,
+                              zero_point, sums, input.scalar_type());
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = out;
+  return output.view(shape);
+}
+
+}  // namespace vernier::nn

@@ -1,0 +1,73 @@
+#include <ATen/Parallel.h>
+#include <vernier/kernels/error.h>
+#include <vernier/recipes/calibration_run.h>
+#include <vernier/recipes/recipe.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace vernier {
+namespace {
+
+constexpr int64_t kBlockSamples = 32;
+
+void forward_all(TextModel& model, const std::vector<std::vector<int64_t>>& samples,
+                 torch::Device device) {
+  const auto forward = [&](int64_t i) {
+    const torch::NoGradGuard no_grad;  // thread-local: each worker needs its own
+    model.forward(make_batch({samples[i]}, device));
+  };
+  const auto count = static_cast<int64_t>(samples.size());
+  if (!device.is_cpu()) {
+    for (int64_t i = 0; i < count; ++i) forward(i);
+    return;
+  }
+  // Workers take the next sample when they are done with one: lengths differ too much for fixed
+  // shares.
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) forward(i);
+  });
+}
+
+}  // namespace
+
+ModelStatistics plan_statistics(const TextModel& model, const TokenDataset& data, int64_t first,
+                                int64_t count) {
+  VERNIER_CHECK(first >= 0 && count > 0 && first + count <= data.size(), data.path().string(),
+                " has ", data.size(), " samples: ", first, " to ", first + count,
+                " are not all there");
+  ModelStatistics statistics;
+  statistics.fingerprint = model.info.fingerprint;
+  statistics.data = data.fingerprint();
+  statistics.first_sample = first;
+  statistics.planned = count;
+  for (const NamedLayer& item : quantized_layers(model)) statistics.sites[item.name];
+  return statistics;
+}
+
+void collect_statistics(TextModel& model, const TokenDataset& data, ModelStatistics& statistics,
+                        const std::function<void(const ModelStatistics&)>& after_block) {
+  const std::vector<NamedLayer> layers = quantized_layers(model);
+  VERNIER_CHECK(!layers.empty(), "the model has no layer to calibrate");
+  const torch::Device device = model.parameters().front().device();
+  const ModeGuard observing(model, Mode::observe);
+  for (const NamedLayer& item : layers) item.layer->input_quantizer->observer().reset();
+  while (statistics.samples < statistics.planned) {
+    const int64_t count = std::min(kBlockSamples, statistics.planned - statistics.samples);
+    forward_all(model,
+                data.read(statistics.first_sample + statistics.samples, count, model.vocabulary(),
+                          model.max_length()),
+                device);
+    for (const NamedLayer& item : layers) {
+      Observer& observer = item.layer->input_quantizer->observer();
+      statistics.sites[item.name].merge(observer.statistics());
+      observer.reset();
+    }
+    check_statistics(statistics);
+    statistics.samples += count;
+    if (after_block) after_block(statistics);
+  }
+}
+
+}  // namespace vernier

@@ -1,0 +1,181 @@
+#include <torch/nn/functional/activation.h>
+#include <torch/nn/modules/container/modulelist.h>
+#include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/normalization.h>
+#include <vernier/kernels/error.h>
+#include <vernier/qat/linear.h>
+#include <vernier/recipes/models/bert.h>
+#include <vernier/recipes/models/config.h>
+#include <nlohmann/json.hpp>
+
+namespace vernier {
+namespace {
+
+using torch::Tensor;
+
+struct BertConfig {
+  int64_t vocabulary, hidden, layers, heads, intermediate, positions, types;
+  double epsilon;
+  bool tanh_gelu;
+};
+
+BertConfig read_config(const nlohmann::json& json) {
+  const ConfigReader config(json);
+  config.require("position_embedding_type", "absolute");
+  config.require("is_decoder", false);
+  config.require("add_cross_attention", false);
+  BertConfig result;
+  result.vocabulary = config.size("vocab_size");
+  result.hidden = config.size("hidden_size");
+  result.layers = config.size("num_hidden_layers");
+  result.heads = config.size("num_attention_heads");
+  result.intermediate = config.size("intermediate_size");
+  result.positions = config.size("max_position_embeddings");
+  result.types = config.size("type_vocab_size", 2);
+  result.epsilon = config.number("layer_norm_eps", 1e-12);
+  const std::string activation =
+      config.one_of("hidden_act", {"gelu", "gelu_new", "gelu_pytorch_tanh"}, "gelu");
+  result.tanh_gelu = activation != "gelu";
+  VERNIER_CHECK(result.hidden % result.heads == 0, "config.json: hidden_size ", result.hidden,
+                " is not a multiple of num_attention_heads ", result.heads);
+  return result;
+}
+
+torch::nn::LayerNorm layer_norm(const BertConfig& config) {
+  return torch::nn::LayerNorm(torch::nn::LayerNormOptions({config.hidden}).eps(config.epsilon));
+}
+
+// Names of submodules follow the checkpoint, which nests one-member modules: "self", "dense",
+// "LayerNorm".
+struct Embeddings : torch::nn::Module {
+  explicit Embeddings(const BertConfig& c) {
+    words = register_module("word_embeddings", torch::nn::Embedding(c.vocabulary, c.hidden));
+    positions = register_module("position_embeddings", torch::nn::Embedding(c.positions, c.hidden));
+    types = register_module("token_type_embeddings", torch::nn::Embedding(c.types, c.hidden));
+    norm = register_module("LayerNorm", layer_norm(c));
+  }
+
+  Tensor forward(const TokenBatch& batch) {
+    std::vector<int64_t> position;
+    for (const int64_t length : batch.lengths)
+      for (int64_t i = 0; i < length; ++i) position.push_back(i);
+    const Tensor index = torch::tensor(position, torch::kLong).to(batch.tokens.device());
+    return norm(words(batch.tokens) + types->weight[0] + positions(index));
+  }
+
+  torch::nn::Embedding words{nullptr}, positions{nullptr}, types{nullptr};
+  torch::nn::LayerNorm norm{nullptr};
+};
+
+struct SelfAttention : torch::nn::Module {
+  explicit SelfAttention(const BertConfig& c) : heads(c.heads) {
+    query = register_module("query", nn::Linear(c.hidden, c.hidden));
+    key = register_module("key", nn::Linear(c.hidden, c.hidden));
+    value = register_module("value", nn::Linear(c.hidden, c.hidden));
+  }
+
+  Tensor forward(const Tensor& x, const TokenBatch& batch) {
+    return packed_attention(query(x), key(x), value(x), heads, batch);
+  }
+
+  int64_t heads;
+  nn::Linear query{nullptr}, key{nullptr}, value{nullptr};
+};
+
+// A linear whose result is added to a residual and normalized.
+struct ResidualOutput : torch::nn::Module {
+  ResidualOutput(const BertConfig& c, int64_t in) {
+    dense = register_module("dense", nn::Linear(in, c.hidden));
+    norm = register_module("LayerNorm", layer_norm(c));
+  }
+
+  Tensor forward(const Tensor& x, const Tensor& residual) { return norm(dense(x) + residual); }
+
+  nn::Linear dense{nullptr};
+  torch::nn::LayerNorm norm{nullptr};
+};
+
+struct Attention : torch::nn::Module {
+  explicit Attention(const BertConfig& c) {
+    self = register_module("self", std::make_shared<SelfAttention>(c));
+    output = register_module("output", std::make_shared<ResidualOutput>(c, c.hidden));
+  }
+
+  Tensor forward(const Tensor& x, const TokenBatch& batch) {
+    return output->forward(self->forward(x, batch), x);
+  }
+
+  std::shared_ptr<SelfAttention> self;
+  std::shared_ptr<ResidualOutput> output;
+};
+
+struct Intermediate : torch::nn::Module {
+  explicit Intermediate(const BertConfig& c) : approximate(c.tanh_gelu ? "tanh" : "none") {
+    dense = register_module("dense", nn::Linear(c.hidden, c.intermediate));
+  }
+
+  Tensor forward(const Tensor& x) { return torch::gelu(dense(x), approximate); }
+
+  std::string approximate;
+  nn::Linear dense{nullptr};
+};
+
+struct Layer : torch::nn::Module {
+  explicit Layer(const BertConfig& c) {
+    attention = register_module("attention", std::make_shared<Attention>(c));
+    intermediate = register_module("intermediate", std::make_shared<Intermediate>(c));
+    output = register_module("output", std::make_shared<ResidualOutput>(c, c.intermediate));
+  }
+
+  Tensor forward(const Tensor& x, const TokenBatch& batch) {
+    const Tensor attended = attention->forward(x, batch);
+    return output->forward(intermediate->forward(attended), attended);
+  }
+
+  std::shared_ptr<Attention> attention;
+  std::shared_ptr<Intermediate> intermediate;
+  std::shared_ptr<ResidualOutput> output;
+};
+
+struct Encoder : torch::nn::Module {
+  explicit Encoder(const BertConfig& c) {
+    layers = register_module("layer", torch::nn::ModuleList());
+    for (int64_t i = 0; i < c.layers; ++i) layers->push_back(std::make_shared<Layer>(c));
+  }
+
+  Tensor forward(Tensor x, const TokenBatch& batch) {
+    for (const auto& layer : *layers) x = layer->as<Layer>()->forward(x, batch);
+    return x;
+  }
+
+  torch::nn::ModuleList layers;
+};
+
+class Bert : public TextModel {
+ public:
+  explicit Bert(const BertConfig& config) : config_(config) {
+    embeddings_ = register_module("embeddings", std::make_shared<Embeddings>(config));
+    encoder_ = register_module("encoder", std::make_shared<Encoder>(config));
+  }
+
+  Tensor forward(const TokenBatch& batch) override {
+    VERNIER_CHECK(batch.longest() <= config_.positions, "a sequence of ", batch.longest(),
+                  " tokens is longer than the model's ", config_.positions, " positions");
+    return encoder_->forward(embeddings_->forward(batch), batch);
+  }
+  int64_t vocabulary() const override { return config_.vocabulary; }
+  int64_t max_length() const override { return config_.positions; }
+
+ private:
+  BertConfig config_;
+  std::shared_ptr<Embeddings> embeddings_;
+  std::shared_ptr<Encoder> encoder_;
+};
+
+}  // namespace
+
+std::shared_ptr<TextModel> make_bert(const nlohmann::json& config) {
+  return std::make_shared<Bert>(read_config(config));
+}
+
+}  // namespace vernier

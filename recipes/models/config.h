@@ -1,0 +1,75 @@
+// Reading a Hugging Face config.json field by field, with errors that name the field.
+#pragma once
+
+#include <vernier/kernels/error.h>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+namespace vernier {
+
+class ConfigReader {
+ public:
+  /// Throws Error unless the configuration is a JSON object.
+  explicit ConfigReader(const nlohmann::json& json) : json_(json) {
+    VERNIER_CHECK(json.is_object(), "config.json is not a JSON object");
+  }
+
+  /// A count of 1 to 2^31. Throws Error when it is missing without a default, no integer or out of
+  /// range.
+  int64_t size(const char* field, std::optional<int64_t> otherwise = std::nullopt) const {
+    const nlohmann::json* value = find(field);
+    if (!value && otherwise) return *otherwise;
+    VERNIER_CHECK(value, "config.json has no field '", field, "'");
+    VERNIER_CHECK(value->is_number_integer() && *value >= 1 && *value <= (int64_t{1} << 31),
+                  "config.json: ", field, " must be a positive integer, not ", value->dump());
+    return value->get<int64_t>();
+  }
+
+  /// A finite positive number.
+  double number(const char* field, double otherwise) const {
+    const nlohmann::json* value = find(field);
+    if (!value) return otherwise;
+    VERNIER_CHECK(
+        value->is_number() && value->get<double>() > 0 && std::isfinite(value->get<double>()),
+        "config.json: ", field, " must be a positive number, not ", value->dump());
+    return value->get<double>();
+  }
+
+  /// One of the names that are implemented.
+  std::string one_of(const char* field, std::initializer_list<const char*> names,
+                     const char* otherwise) const {
+    const nlohmann::json* value = find(field);
+    if (!value) return otherwise;
+    std::string known;
+    for (const char* name : names) {
+      if (*value == name) return name;
+      known += concat(known.empty() ? "" : ", ", name);
+    }
+    throw Error(
+        concat("config.json: ", field, " ", value->dump(), " is not implemented (", known, ")"));
+  }
+
+  /// Throws Error when the field is there with another value: one that this program does not
+  /// implement.
+  template <typename T>
+  void require(const char* field, const T& value) const {
+    const nlohmann::json* found = find(field);
+    VERNIER_CHECK(!found || *found == value, "config.json: ", field, " ", found->dump(),
+                  " is not implemented");
+  }
+
+ private:
+  const nlohmann::json* find(const char* field) const {
+    const auto found = json_.find(field);
+    return found == json_.end() || found->is_null() ? nullptr : &*found;
+  }
+
+  const nlohmann::json& json_;
+};
+
+}  // namespace vernier

@@ -1,0 +1,210 @@
+#include <torch/nn/functional/padding.h>
+#include <vernier/export/safetensors.h>
+#include <vernier/kernels/error.h>
+#include <vernier/recipes/models/bert.h>
+#include <vernier/recipes/models/text_model.h>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <array>
+#include <fstream>
+#include <map>
+#include <numeric>
+#include <sstream>
+
+namespace vernier {
+namespace {
+
+using torch::Tensor;
+namespace fs = std::filesystem;
+
+struct Family {
+  const char* architecture;
+  std::shared_ptr<TextModel> (*make)(const nlohmann::json&);
+  const char* prefix;               // what task heads put before the names of the bare model
+  std::vector<const char*> unused;  // beginnings of names that the model does not need
+};
+
+const std::array<Family, 1>& families() {
+  static const std::array<Family, 1> all = {{
+      {"BertModel",
+       make_bert,
+       "bert.",
+       {"pooler.", "embeddings.position_ids", "cls.", "classifier."}},
+  }};
+  return all;
+}
+
+const Family& family_of(const std::string& architecture, const std::string& where) {
+  std::string known;
+  for (const Family& family : families()) {
+    if (architecture == family.architecture) return family;
+    known += concat(known.empty() ? "" : ", ", family.architecture);
+  }
+  throw Error(concat(where, ": the architecture '", architecture,
+                     "' is not supported; supported are: ", known));
+}
+
+std::shared_ptr<TextModel> make_model(const CheckpointInfo& info, const std::string& where) {
+  nlohmann::json config;
+  try {
+    config = nlohmann::json::parse(info.config);
+  } catch (const nlohmann::json::exception&) {
+    throw Error(concat(where, ": the configuration is not valid JSON"));
+  }
+  std::shared_ptr<TextModel> model;
+  try {
+    model = family_of(info.architecture, where).make(config);
+  } catch (const nlohmann::json::exception& error) {
+    throw Error(concat(where, ": ", error.what()));
+  }
+  model->info = info;
+  model->eval();
+  return model;
+}
+
+std::string read_text(const fs::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  VERNIER_CHECK(in, path.string(), " cannot be read: give a Hugging Face folder with config.json");
+  std::ostringstream text;
+  text << in.rdbuf();
+  return text.str();
+}
+
+bool starts_with_any(const std::string& name, const std::vector<const char*>& beginnings) {
+  return std::any_of(beginnings.begin(), beginnings.end(),
+                     [&](const char* beginning) { return name.starts_with(beginning); });
+}
+
+std::shared_ptr<TextModel> load_folder(const fs::path& folder) {
+  const fs::path config_path = folder / "config.json";
+  CheckpointInfo info;
+  info.config = read_text(config_path);
+  const auto config = nlohmann::json::parse(info.config, nullptr, /*allow_exceptions=*/false);
+  VERNIER_CHECK(config.is_object(), config_path.string(), " is not a JSON object");
+  const auto names = config.find("architectures");
+  VERNIER_CHECK(names != config.end() && names->is_array() && names->size() == 1 &&
+                    names->front().is_string(),
+                config_path.string(), " names no single architecture in 'architectures'");
+  info.architecture = names->front().get<std::string>();
+  const Family& family = family_of(info.architecture, config_path.string());
+  auto model = make_model(info, config_path.string());
+
+  const SafetensorsFolder weights = SafetensorsFolder::open(folder);
+  std::map<std::string, std::string> stored_name;  // by the bare model's name
+  for (const std::string& name : weights.names())
+    stored_name.emplace(
+        name.starts_with(family.prefix) ? name.substr(std::string(family.prefix).size()) : name,
+        name);
+  const torch::NoGradGuard no_grad;
+  for (auto& item : model->named_parameters()) {
+    const auto found = stored_name.find(item.key());
+    VERNIER_CHECK(found != stored_name.end(), folder.string(), ": tensor '", item.key(),
+                  "' is missing from the safetensors files");
+    const Tensor value = weights.tensor(found->second);
+    VERNIER_CHECK(value.sizes() == item.value().sizes(), folder.string(), ": tensor '",
+                  found->second, "' has shape ", value.sizes(), " but config.json asks for ",
+                  item.value().sizes());
+    VERNIER_CHECK(value.is_floating_point(), folder.string(), ": tensor '", found->second,
+                  "' has dtype ", c10::toString(value.scalar_type()),
+                  ": a floating-point checkpoint is needed");
+    const Tensor full = value.to(torch::kFloat);
+    VERNIER_CHECK(full.isfinite().all().item<bool>(), folder.string(), ": tensor '", found->second,
+                  "' holds NaN or infinite values: repair the checkpoint");
+    item.value().set_data(full);
+    stored_name.erase(found);
+  }
+  for (const auto& [name, stored] : stored_name)
+    VERNIER_CHECK(starts_with_any(name, family.unused), folder.string(), ": tensor '", stored,
+                  "' has no place in a ", info.architecture);
+  model->info.fingerprint = fingerprint_of(*model);
+  return model;
+}
+
+}  // namespace
+
+int64_t TokenBatch::longest() const { return *std::max_element(lengths.begin(), lengths.end()); }
+
+bool TokenBatch::equal_lengths() const {
+  return std::all_of(lengths.begin(), lengths.end(),
+                     [&](int64_t length) { return length == lengths.front(); });
+}
+
+std::shared_ptr<TextModel> load_text_model(const fs::path& path) {
+  VERNIER_CHECK(fs::exists(path), path.string(),
+                " does not exist: give a Hugging Face folder or a vernier checkpoint");
+  if (fs::is_directory(path)) return load_folder(path);
+  const Checkpoint checkpoint = Checkpoint::open(path);
+  auto model = make_model(checkpoint.info(), path.string());
+  checkpoint.load_into(*model);
+  return model;
+}
+
+std::string fingerprint_of(const torch::nn::Module& model) {
+  // FNV-1a, eight bytes at a time: against mistakes, not against forgery.
+  uint64_t hash = 0xcbf29ce484222325u;
+  const auto mix = [&](uint64_t word) { hash = (hash ^ word) * 0x100000001b3u; };
+  const auto mix_bytes = [&](const char* bytes, size_t count) {
+    size_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      uint64_t word;
+      std::memcpy(&word, bytes + i, 8);
+      mix(word);
+      hash ^= hash >> 29;  // carries high bits down, which multiplication never does
+    }
+    for (; i < count; ++i) mix(static_cast<unsigned char>(bytes[i]));
+  };
+  for (const auto& item : model.named_parameters()) {
+    mix_bytes(item.key().data(), item.key().size());
+    for (const int64_t size : item.value().sizes()) mix(static_cast<uint64_t>(size));
+    const Tensor dense = item.value().detach().cpu().contiguous();
+    mix_bytes(static_cast<const char*>(dense.const_data_ptr()), dense.nbytes());
+  }
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
+  return text;
+}
+
+Tensor mean_pooling(const Tensor& hidden, const TokenBatch& batch) {
+  const int64_t width = hidden.size(1);
+  if (batch.equal_lengths())
+    return hidden.to(torch::kFloat).view({batch.size(), -1, width}).mean(1);
+  std::vector<Tensor> means;
+  int64_t first = 0;
+  for (const int64_t length : batch.lengths) {
+    means.push_back(hidden.narrow(0, first, length).to(torch::kFloat).mean(0));
+    first += length;
+  }
+  return torch::stack(means);
+}
+
+Tensor packed_attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads,
+                        const TokenBatch& batch) {
+  const int64_t sequences = batch.size(), longest = batch.longest();
+  const int64_t head_size = query.size(1) / heads;
+  const auto attend = [&](const Tensor& q, const Tensor& k, const Tensor& v,
+                          const std::optional<Tensor>& mask) {
+    const auto by_head = [&](const Tensor& x) {
+      return x.view({sequences, longest, heads, head_size}).transpose(1, 2);
+    };
+    const Tensor mixed = at::scaled_dot_product_attention(by_head(q), by_head(k), by_head(v), mask);
+    return mixed.transpose(1, 2).reshape({sequences * longest, heads * head_size});
+  };
+  if (batch.equal_lengths()) return attend(query, key, value, std::nullopt);
+
+  // Sequences of several lengths: laid out in rows of the longest, where the mask hides the gaps.
+  std::vector<int64_t> place;
+  for (int64_t s = 0; s < sequences; ++s)
+    for (int64_t i = 0; i < batch.lengths[s]; ++i) place.push_back(s * longest + i);
+  const Tensor index = torch::tensor(place, torch::kLong).to(query.device());
+  Tensor mask = torch::zeros({sequences * longest}, query.options().dtype(torch::kBool));
+  mask.index_fill_(0, index, true);
+  const auto pad = [&](const Tensor& x) {
+    return x.new_zeros({sequences * longest, x.size(1)}).index_copy_(0, index, x);
+  };
+  const Tensor mixed =
+      attend(pad(query), pad(key), pad(value), mask.view({sequences, 1, 1, longest}));
+  return mixed.index_select(0, index);
+}
+
+}  // namespace vernier

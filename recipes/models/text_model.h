@@ -1,0 +1,56 @@
+// Models that read tokens: what every family in this folder is, and how one is loaded.
+#pragma once
+
+#include <torch/nn/module.h>
+#include <torch/types.h>
+#include <vernier/export/checkpoint.h>
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace vernier {
+
+/// Sequences laid end to end, without padding: what a model computes is only ever what the data
+/// holds.
+struct TokenBatch {
+  torch::Tensor tokens;          ///< int64 [total]
+  std::vector<int64_t> lengths;  ///< of each sequence, at least 1; they sum to total
+
+  int64_t size() const { return static_cast<int64_t>(lengths.size()); }
+  int64_t longest() const;
+  bool equal_lengths() const;
+};
+
+/// A family's module tree. Layers are named as in the Hugging Face checkpoint.
+class TextModel : public torch::nn::Module {
+ public:
+  /// Hidden states after the last layer, [total, hidden] in the order of batch.tokens.
+  virtual torch::Tensor forward(const TokenBatch& batch) = 0;
+  virtual int64_t vocabulary() const = 0;
+  /// The longest sequence it takes.
+  virtual int64_t max_length() const = 0;
+
+  CheckpointInfo info;  ///< architecture, configuration, fingerprint
+};
+
+/// Mean of each sequence's hidden states: [sequences, hidden], float32.
+torch::Tensor mean_pooling(const torch::Tensor& hidden, const TokenBatch& batch);
+
+/// Loads a Hugging Face folder (config.json, safetensors; in full precision, float32) or a vernier
+/// checkpoint (in mode integer). Throws Error when files are missing or damaged, the architecture
+/// is not known (names the known ones), a configuration field is not implemented, tensors are
+/// missing, left over, of the wrong shape, or hold NaN or Inf.
+std::shared_ptr<TextModel> load_text_model(const std::filesystem::path& path);
+
+/// Hash of names, shapes and bytes of all parameters: the same model has the same fingerprint
+/// wherever it is loaded.
+std::string fingerprint_of(const torch::nn::Module& model);
+
+/// Attention over packed sequences: query, key, value [total, heads * head_size] each to [total,
+/// heads * head_size], every token to all of its own sequence.
+torch::Tensor packed_attention(const torch::Tensor& query, const torch::Tensor& key,
+                               const torch::Tensor& value, int64_t heads, const TokenBatch& batch);
+
+}  // namespace vernier

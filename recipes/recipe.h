@@ -1,0 +1,52 @@
+// Recipes: what a user picks by name to say how a model is quantized.
+#pragma once
+
+#include <vernier/calibration/statistics_file.h>
+#include <vernier/qat/layer.h>
+
+#include <string>
+#include <vector>
+
+namespace vernier {
+
+/// How the layers of a model are quantized. As YAML (docs/recipes.md):
+///
+///     name: w8a8-static
+///     description: one line
+///     weights:     {bits: 8, granularity: per_channel, calibrator: mse}
+///     activations: {bits: 8, granularity: per_tensor, symmetric: false, calibrator: percentile,
+///     percentile: 99.99} skip: ["lm_head", "*.pooler.*"]        # names that stay in full
+///     precision, * and ? as in a shell
+struct Recipe {
+  std::string name;
+  std::string description;
+  QuantizerSettings weights;
+  QuantizerSettings activations;
+  std::vector<std::string> skip;
+};
+
+/// Names of the built-in recipes.
+std::vector<std::string> recipe_names();
+
+/// A built-in recipe by name, or a YAML file by its path. Throws Error for an unknown name (lists
+/// the known ones), a field that is unknown or out of range, or settings that the integer kernels
+/// cannot run.
+Recipe load_recipe(const std::string& name_or_path);
+
+/// The recipe written in YAML; `source` names it in errors.
+Recipe parse_recipe(const std::string& yaml, const std::string& source);
+
+/// Gives every layer its settings, forgetting scales; skipped layers stay in full precision. Throws
+/// Error when a pattern of `skip` matches no layer.
+void apply_recipe(const torch::nn::Module& model, const Recipe& recipe);
+
+/// Chooses all scales of a model to which a recipe was applied: weights from themselves, static
+/// activations from the statistics. Throws Error naming the layer when it has no statistics, was
+/// never reached or saw NaN or Inf, and when the statistics are of another model.
+void calibrate_layers(const torch::nn::Module& model, const ModelStatistics& statistics);
+
+/// Throws Error naming the first site that saw NaN or infinite values, or none at all though it is
+/// quantized statically.
+void check_statistics(const ModelStatistics& statistics);
+
+}  // namespace vernier
