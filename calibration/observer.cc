@@ -4,6 +4,7 @@
 #include <vernier/kernels/statistics.h>
 
 #include <algorithm>
+#include <atomic>
 
 namespace vernier {
 namespace {
@@ -40,6 +41,13 @@ void merge_channels(std::vector<Range>& into, const std::vector<Range>& from) {
     into[c] = {std::min(into[c].min, from[c].min), std::max(into[c].max, from[c].max)};
 }
 
+// Numbers threads from 0 in the order they first observe something.
+size_t thread_number() {
+  static std::atomic<size_t> next{0};
+  thread_local const size_t mine = next++;
+  return mine;
+}
+
 }  // namespace
 
 void SiteStatistics::merge(const SiteStatistics& other) {
@@ -56,30 +64,35 @@ bool SiteStatistics::operator==(const SiteStatistics& other) const {
 void Observer::observe(const at::Tensor& values) {
   if (values.numel() == 0) return;
   const at::Tensor x = values.detach().contiguous();
+  const ElementType type = element_type_of(x.scalar_type(), "the observed tensor");
   const std::vector<Range> channels = channels_of(x);
+  Slot& slot = slots_[thread_number() % slots_.size()];
+  const std::lock_guard lock(slot.mutex);
+  if (!slot.statistics) slot.statistics = std::make_unique<SiteStatistics>();
+  merge_channels(slot.statistics->channels, channels);
   if (x.is_cpu()) {
     // Counted straight into the result: for small tensors a histogram of their own would cost more
     // than they do.
-    const ElementType type = element_type_of(x.scalar_type(), "the observed tensor");
-    const std::lock_guard lock(mutex_);
-    merge_channels(statistics_.channels, channels);
-    statistics_.histogram.add(x.const_data_ptr(), type, x.numel());
+    slot.statistics->histogram.add(x.const_data_ptr(), type, x.numel());
   } else {
-    const Histogram seen = histogram_of(x);
-    const std::lock_guard lock(mutex_);
-    merge_channels(statistics_.channels, channels);
-    statistics_.histogram.merge(seen);
+    slot.statistics->histogram.merge(histogram_of(x));
   }
 }
 
 SiteStatistics Observer::statistics() const {
-  const std::lock_guard lock(mutex_);
-  return statistics_;
+  SiteStatistics sum;
+  for (Slot& slot : slots_) {
+    const std::lock_guard lock(slot.mutex);
+    if (slot.statistics) sum.merge(*slot.statistics);
+  }
+  return sum;
 }
 
 void Observer::reset() {
-  const std::lock_guard lock(mutex_);
-  statistics_ = {};
+  for (Slot& slot : slots_) {
+    const std::lock_guard lock(slot.mutex);
+    slot.statistics.reset();
+  }
 }
 
 }  // namespace vernier

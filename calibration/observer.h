@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <vernier/calibration/histogram.h>
 
+#include <array>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -22,20 +23,29 @@ struct SiteStatistics {
   bool operator==(const SiteStatistics&) const;
 };
 
-/// Gathers SiteStatistics. Safe to call from several threads at once: tensors are counted apart and
-/// merged under a lock, and the result does not depend on who came first.
+/// Gathers SiteStatistics. Safe to call from several threads at once, which do not wait for each
+/// other: they gather apart, and what is gathered does not depend on who came first.
 class Observer {
  public:
   /// Adds a float32, float16 or bfloat16 tensor of any shape on any device; the last axis holds the
   /// channels. Throws Error when the number of channels changes.
   void observe(const at::Tensor& values);
 
+  /// Everything seen so far, by all threads. Throws Error when they saw different numbers of
+  /// channels.
   SiteStatistics statistics() const;
   void reset();
 
  private:
-  mutable std::mutex mutex_;
-  SiteStatistics statistics_;
+  // A share of the statistics. Threads that count into one histogram pull its memory from core to
+  // core, which costs more than the counting, so each has a slot by its number; those beyond the
+  // last double up.
+  struct Slot {
+    std::mutex mutex;
+    std::unique_ptr<SiteStatistics>
+        statistics;  // made when first used: most observers see one thread
+  };
+  mutable std::array<Slot, 32> slots_;
 };
 
 }  // namespace vernier

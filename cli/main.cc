@@ -1,4 +1,5 @@
 #include <c10/util/Exception.h>
+#include <malloc.h>
 #include <vernier/cli/commands.h>
 #include <vernier/cli/console.h>
 #include <vernier/kernels/error.h>
@@ -14,6 +15,9 @@ std::string first_line(const std::string& text) { return text.substr(0, text.fin
 
 int main(int argc, char** argv) {
   using namespace vernier::cli;
+  // Activations are freed and allocated again all the time: kept in the heap, their pages need no clearing by the kernel.
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
   CLI::App app{"Quantization-aware training and calibration: what was trained is what runs."};
   app.set_version_flag("--version", "vernier " VERNIER_VERSION);
   app.require_subcommand(1);

@@ -312,7 +312,7 @@ TEST_F(KernelsGpuTest, Histograms) {
   }
   inputs.push_back(mixed({3, 1'000'003}, at::kFloat));
   for (size_t i = 0; i < inputs.size(); ++i) {
-    for (const int64_t bins : {4096, 2, 16, 8192, 65536}) {
+    for (const int64_t bins : {4096, 4, 16, 8192, 65536}) {
       SCOPED_TRACE(concat("input ", i, ", ", bins, " bins"));
       expect_same_histogram(vernier::histogram(inputs[i], bins),
                             vernier::histogram(gpu(inputs[i]), bins));
