@@ -1,4 +1,4 @@
-# The tests: one program per tests/*_test.cc, the style checks, the Python test of the operators; and the examples, which have to build.
+# The tests: one program per tests/*_test.cc, the style checks, the Python test of the operators; and the examples, which have to build and run.
 
 file(GLOB test_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/tests/*_test.cc")
 foreach(source IN LISTS test_sources)
@@ -32,6 +32,8 @@ foreach(source IN LISTS example_sources)
   vernier_use_pch(example_${name})
   set_target_properties(example_${name} PROPERTIES OUTPUT_NAME ${name} BUILD_RPATH "${torch_rpath}"
                         RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/examples")
+  add_test(NAME example_${name} COMMAND example_${name})
+  set_tests_properties(example_${name} PROPERTIES LABELS example TIMEOUT 600)
 endforeach()
 
 # 77 is "skipped" by custom.
