@@ -70,26 +70,43 @@ double squared_error(const Points& points, Range range, const Scheme& scheme) {
   return (error.square() * points.count).cast<double>().sum() * scale * static_cast<double>(scale);
 }
 
-// The number of bins in [1, used] with the least cost: eighths of an octave down to 1/32 of what is
-// in use, below which bins get too coarse to tell, then 64 steps between the neighbours of the
-// best. Ties go to the larger range.
+// Numbers of bins from `used` down by so many steps an octave.
+std::vector<int64_t> geometric_bins(int64_t used, int steps) {
+  std::vector<int64_t> bins;
+  for (int i = 0;; ++i) {
+    const int64_t b =
+        std::llround(static_cast<double>(used) * std::exp2(-i / static_cast<double>(steps)));
+    if (b < 1) return bins;
+    if (bins.empty() || b < bins.back()) bins.push_back(b);
+  }
+}
+
+// The number of bins in [1, used] with the least cost; ties go to the larger range. Searched in
+// eighths of an octave, then closely around the best. The error of few distinct values jumps from
+// bin to bin: then `exhaustive` tries every one.
 template <typename Cost>
-int64_t best_bins(int64_t used, const Cost& cost) {
+int64_t best_bins(int64_t used, int64_t start, bool exhaustive, const Cost& cost) {
   if (used == 0) return 0;
-  int64_t best = used;
-  double least = cost(used);
+  int64_t best = start;
+  double least = cost(start);
   const auto consider = [&](int64_t bins) {
-    if (bins < 1 || bins >= used || bins == best) return;
+    if (bins < 1 || bins > used || bins == best) return;
     const double value = cost(bins);
     if (value < least || (value == least && bins > best)) {
       least = value;
       best = bins;
     }
   };
-  for (int i = 1; i <= 40; ++i)
-    consider(std::llround(static_cast<double>(used) * std::exp2(-i / 8.0)));
-  const auto centre = static_cast<double>(best);
-  for (int i = -32; i <= 32; ++i) consider(std::llround(centre * std::exp2(i / 256.0)));
+  if (exhaustive) {
+    for (int64_t bins = used; bins >= 1; --bins) consider(bins);
+    return best;
+  }
+  for (const int64_t bins : geometric_bins(used, 8)) consider(bins);
+  for (const int fineness : {64, 512}) {
+    const auto centre = static_cast<double>(best);
+    for (int i = -8; i <= 8; ++i)
+      consider(std::llround(centre * std::exp2(i / static_cast<double>(fineness))));
+  }
   return best;
 }
 
@@ -118,7 +135,9 @@ Range percentile_range(const Histogram& histogram, const Scheme& scheme, double 
                 percentile);
   const auto negative = histogram.negative(), positive = histogram.positive();
   const auto finite = static_cast<double>(histogram.finite());
-  const double cut = finite * (1 - percentile / 100);
+  // A whole number of values: 90 % of ten are nine, though 10 * 0.9 need not be 9 in floating
+  // point.
+  const double cut = finite - std::ceil(finite * (percentile / 100) * (1 - 1e-12));
   // The fewest bins outside of which at most `allowed` values lie, walking in from the outermost.
   const auto bins_for = [&](const auto& count_at, double allowed) -> int64_t {
     double outside = 0;
@@ -137,19 +156,58 @@ Range percentile_range(const Histogram& histogram, const Scheme& scheme, double 
 }
 
 Range mse_range(const Histogram& histogram, const Scheme& scheme) {
+  constexpr Eigen::Index kFewPoints = 64;
   const UsedBins used(histogram);
   const Points points = points_of(histogram);
+  const bool exhaustive = points.value.size() <= kFewPoints;
   const auto cost = [&](int64_t low, int64_t high) {
     return squared_error(points, range_of_bins(histogram, scheme, low, high), scheme);
   };
   if (scheme.symmetric) {
-    const int64_t bins = best_bins(used.largest(), [&](int64_t b) { return cost(b, b); });
+    const int64_t bins = best_bins(used.largest(), used.largest(), exhaustive,
+                                   [&](int64_t b) { return cost(b, b); });
     return range_of_bins(histogram, scheme, bins, bins);
   }
+  // Both sides at once on a coarse grid, so that the search of each side in turn starts in the
+  // right valley.
   int64_t low = used.negative, high = used.positive;
-  for (int round = 0; round < 2; ++round) {
-    high = best_bins(used.positive, [&](int64_t b) { return cost(low, b); });
-    low = best_bins(used.negative, [&](int64_t b) { return cost(b, high); });
+  double least = cost(low, high);
+  const auto coarse = [](int64_t side) {
+    constexpr size_t kSixOctaves = 24;
+    std::vector<int64_t> bins = side ? geometric_bins(side, 4) : std::vector<int64_t>{0};
+    bins.resize(std::min(bins.size(), kSixOctaves));
+    return bins;
+  };
+  const std::vector<int64_t> lows = coarse(low), highs = coarse(high);
+  for (const int64_t l : lows) {
+    for (const int64_t h : highs) {
+      const double value = cost(l, h);
+      if (value >= least) continue;
+      least = value;
+      low = l;
+      high = h;
+    }
+  }
+  for (int round = 0; round < 4; ++round) {
+    const int64_t low_before = low, high_before = high;
+    high = best_bins(used.positive, high, exhaustive, [&](int64_t b) { return cost(low, b); });
+    low = best_bins(used.negative, low, exhaustive, [&](int64_t b) { return cost(b, high); });
+    // Both by one factor: along that line the zero point stays, and the valley is narrow across it.
+    const int64_t low_now = low, high_now = high;
+    double now = cost(low, high);
+    for (int i = -16; i <= 16; ++i) {
+      const auto moved = [&](int64_t bins, int64_t most) {
+        return std::clamp<int64_t>(std::llround(static_cast<double>(bins) * std::exp2(i / 64.0)),
+                                   std::min<int64_t>(bins, 1), most);
+      };
+      const int64_t l = moved(low_now, used.negative), h = moved(high_now, used.positive);
+      const double value = cost(l, h);
+      if (value >= now) continue;
+      now = value;
+      low = l;
+      high = h;
+    }
+    if (low == low_before && high == high_before) break;
   }
   return range_of_bins(histogram, scheme, low, high);
 }

@@ -40,9 +40,9 @@ Range min_max_range(const Histogram& histogram, const Scheme& scheme);
 /// 100].
 Range percentile_range(const Histogram& histogram, const Scheme& scheme, double percentile);
 
-/// Least sum of squared quantization errors (clipping and rounding), searched over ranges that
-/// shrink from the extremes by eighths of an octave and then in finer steps around the best; for
-/// asymmetric schemes each side in turn.
+/// Least sum of squared quantization errors (clipping and rounding), searched from the extremes
+/// down in eighths of an octave and then closely around the best; for asymmetric schemes on a grid
+/// of both sides first, then each side in turn.
 Range mse_range(const Histogram& histogram, const Scheme& scheme);
 
 /// Least KL divergence between the distribution of magnitudes clipped at a and its image on the

@@ -34,7 +34,8 @@ Histogram::Histogram(std::vector<int64_t> counts, int32_t exponent, Range range,
 
   // Each part fits, and so must their sum: an overflow here would be a hostile file's.
   int64_t sum = 0;
-  bool valid = std::isfinite(range.min) && std::isfinite(range.max) && range.min <= range.max;
+  bool valid = counts_.size() % 2 == 0 && std::isfinite(range.min) && std::isfinite(range.max) &&
+               range.min <= range.max;
   const auto add = [&](int64_t count) {
     valid = valid && count >= 0 && !__builtin_add_overflow(sum, count, &sum);
   };

@@ -65,6 +65,8 @@ int run(const Options& options) {
   { const AtomicFile writable(options.out); }
   const TokenDataset data = TokenDataset::open(options.data);
   const auto model = load_text_model(options.model);
+  VERNIER_CHECK(model->info.recipe.empty(), options.model,
+                " is quantized already: calibrate the float model");
   model->to(device);
 
   // What an interrupted run leaves stands beside the output, so that an older, whole output stays

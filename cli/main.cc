@@ -15,7 +15,8 @@ std::string first_line(const std::string& text) { return text.substr(0, text.fin
 
 int main(int argc, char** argv) {
   using namespace vernier::cli;
-  // Activations are freed and allocated again all the time: kept in the heap, their pages need no clearing by the kernel.
+  // Activations are freed and allocated again all the time: kept in the heap, their pages need no
+  // clearing by the kernel.
   mallopt(M_MMAP_THRESHOLD, 1 << 30);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
   CLI::App app{"Quantization-aware training and calibration: what was trained is what runs."};

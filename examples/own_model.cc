@@ -1,5 +1,6 @@
-// A model of one's own, quantized in a C++ program: write vernier::nn::Linear where torch::nn::Linear stood, show it data,
-// and run it on integers. Prints what changed and proves it; exits with 1 if the proof fails.
+// A model of one's own, quantized in a C++ program: write vernier::nn::Linear where
+// torch::nn::Linear stood, show it data, and run it on integers. Prints what changed and proves it;
+// exits with 1 if the proof fails.
 
 #include <torch/torch.h>
 #include <vernier/export/validate.h>

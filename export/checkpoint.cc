@@ -116,6 +116,25 @@ void read_quantizer(const hdf5::File& file, const std::string& group, const std:
   quantizer.set_scale(read_tensor(file, group + "/" + prefix + "_scale"), zero_point);
 }
 
+// Whether a layer with `out` output channels can run with what was read.
+void check_quantizers(const QuantizedLayer& layer, int64_t out) {
+  const QuantizerImpl& input = *layer.input_quantizer;
+  const QuantizerImpl& weight = *layer.weight_quantizer;
+  const Granularity rows = weight.scheme().granularity;
+  VERNIER_CHECK(!weight.scheme().dynamic &&
+                    (rows == Granularity::per_channel || rows == Granularity::per_tensor),
+                "weight_granularity ", to_string(rows), " is not per_channel or per_tensor");
+  const int64_t wanted = rows == Granularity::per_channel ? out : 1;
+  VERNIER_CHECK(weight.scale().numel() == wanted, "weight_scale has ", weight.scale().numel(),
+                " elements, not ", wanted);
+  const Granularity inputs = input.scheme().granularity;
+  VERNIER_CHECK(
+      inputs == (input.scheme().dynamic ? Granularity::per_token : Granularity::per_tensor),
+      "input_granularity ", to_string(inputs), " is not per_tensor, or per_token if dynamic");
+  VERNIER_CHECK(input.scheme().dynamic || input.scale().numel() == 1, "input_scale has ",
+                input.scale().numel(), " elements, not 1");
+}
+
 // Every parameter and buffer that is not a quantizer's, under its name.
 std::map<std::string, Tensor> plain_tensors(const torch::nn::Module& model) {
   std::set<std::string> quantizer_buffers;
@@ -194,6 +213,7 @@ void Checkpoint::load_into(torch::nn::Module& model) const {
   const torch::NoGradGuard no_grad;
   const std::string where = file_.path().string();
   std::map<std::string, Tensor> tensors = plain_tensors(model);
+  const auto parameters = model.named_parameters();
   std::set<std::string> in_file;
   for (const std::string& name : file_.children("layers")) in_file.insert(name);
   for (const auto& [name, layer] : quantized_layers(model)) {
@@ -205,6 +225,7 @@ void Checkpoint::load_into(torch::nn::Module& model) const {
     try {
       read_quantizer(file_, group, "input", *layer->input_quantizer);
       read_quantizer(file_, group, "weight", *layer->weight_quantizer);
+      check_quantizers(*layer, layer->float_weight().size(0));
       layer->load_weight_codes(read_tensor(file_, group + "/weight_codes"));
       layer->set_mode(Mode::integer);
     } catch (const Error& error) {
@@ -221,6 +242,13 @@ void Checkpoint::load_into(torch::nn::Module& model) const {
     const Tensor value = read_tensor(file_, "tensors/" + name);
     VERNIER_CHECK(value.sizes() == found->second.sizes(), where, ": tensor '", name, "' has shape ",
                   value.sizes(), " but the model needs ", found->second.sizes());
+    // Buffers may have followed the model to another dtype; parameters say what it computes in.
+    const torch::Tensor* parameter = parameters.find(name);
+    VERNIER_CHECK(!parameter || value.scalar_type() == parameter->scalar_type(), where,
+                  ": tensor '", name, "' has dtype ", c10::toString(value.scalar_type()),
+                  " but the model needs ", c10::toString(found->second.scalar_type()));
+    VERNIER_CHECK(!value.is_floating_point() || value.isfinite().all().item<bool>(), where,
+                  ": tensor '", name, "' holds NaN or infinite values: export the model again");
     found->second.set_data(value);
     tensors.erase(found);
   }

@@ -31,6 +31,9 @@ double spearman(const std::vector<double>& a, const std::vector<double>& b) {
   VERNIER_CHECK(a.size() == b.size() && a.size() >= 2,
                 "rank correlation needs two lists of at least two values, not ", a.size(), " and ",
                 b.size());
+  const auto is_nan = [](double value) { return std::isnan(value); };
+  if (std::any_of(a.begin(), a.end(), is_nan) || std::any_of(b.begin(), b.end(), is_nan))
+    return std::numeric_limits<double>::quiet_NaN();  // NaN has no rank
   const auto centred = [](const std::vector<double>& values) -> Eigen::ArrayXd {
     const Eigen::ArrayXd ranks = ranks_of(values);
     return ranks - ranks.mean();

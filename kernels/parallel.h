@@ -9,8 +9,8 @@
 
 namespace vernier {
 
-/// Calls f(begin, end) over [0, n) on as many threads as LibTorch would use, each range at least `grain`
-/// long. Inside another parallel region it runs on the calling thread. f must not throw.
+/// Calls f(begin, end) over [0, n) on as many threads as LibTorch would use, each range at least
+/// `grain` long. Inside another parallel region it runs on the calling thread. f must not throw.
 template <typename F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {
   const int64_t wanted = std::min<int64_t>(omp_get_max_threads(), n / std::max<int64_t>(grain, 1));
@@ -18,7 +18,8 @@ void parallel_for(int64_t n, int64_t grain, const F& f) {
     if (n > 0) f(int64_t{0}, n);
     return;
   }
-  // The whole team every time, some of it idle: libgomp ends and starts threads when the size of the team changes.
+  // The whole team every time, some of it idle: libgomp ends and starts threads when the size of
+  // the team changes.
 #pragma omp parallel
   {
     const int64_t sharers = std::min<int64_t>(wanted, omp_get_num_threads());

@@ -106,10 +106,17 @@ void set_mode(const torch::nn::Module& model, Mode mode) {
 ModeGuard::ModeGuard(const torch::nn::Module& model, Mode mode) {
   for (const auto& item : quantized_layers(model))
     before_.emplace_back(item.layer, item.layer->mode());
-  set_mode(model, mode);
+  try {
+    set_mode(model, mode);
+  } catch (...) {
+    restore();  // some layers may have changed before one could not
+    throw;
+  }
 }
 
-ModeGuard::~ModeGuard() {
+ModeGuard::~ModeGuard() { restore(); }
+
+void ModeGuard::restore() {
   // The modes were set before, so their conditions hold; what may still throw must not leave a
   // destructor.
   for (auto& [layer, mode] : before_) {

@@ -96,6 +96,8 @@ class ModeGuard {
   ModeGuard& operator=(const ModeGuard&) = delete;
 
  private:
+  void restore();
+
   std::vector<std::pair<std::shared_ptr<QuantizedLayer>, Mode>> before_;
 };
 

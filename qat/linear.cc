@@ -14,6 +14,11 @@ LinearImpl::LinearImpl(const torch::nn::LinearOptions& linear_options)
   weight_quantizer = register_module("weight_quantizer", Quantizer(per_channel));
 }
 
+void LinearImpl::check_input(const Tensor& input) const {
+  VERNIER_CHECK(input.dim() >= 1 && input.size(-1) == options.in_features(), "the input has shape ",
+                input.sizes(), " but the layer takes [..., ", options.in_features(), "]");
+}
+
 Tensor LinearImpl::forward(const Tensor& input) {
   Tensor output;
   switch (mode()) {
@@ -24,6 +29,7 @@ Tensor LinearImpl::forward(const Tensor& input) {
       output = torch::nn::LinearImpl::forward(input);
       break;
     case Mode::fake_quant:
+      check_input(input);
       output = torch::nn::functional::linear(input_quantizer->forward(input),
                                              weight_quantizer->forward(weight), bias);
       break;
@@ -38,8 +44,7 @@ Tensor LinearImpl::forward(const Tensor& input) {
 Tensor LinearImpl::integer_forward(const Tensor& input) const {
   const torch::NoGradGuard no_grad;
   const int64_t in = options.in_features(), out = options.out_features();
-  VERNIER_CHECK(input.dim() >= 1 && input.size(-1) == in, "the input has shape ", input.sizes(),
-                " but the layer takes [..., ", in, "]");
+  check_input(input);
   VERNIER_CHECK(weight_codes().defined() && weight_codes().device() == input.device(),
                 "the input is on ", input.device(),
                 " but the layer has no weight codes there: set the mode again after moving it");

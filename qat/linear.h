@@ -25,6 +25,9 @@ class LinearImpl : public torch::nn::LinearImpl, public QuantizedLayer {
   torch::Tensor& float_weight() override { return weight; }
   const torch::Tensor& float_bias() const override { return bias; }
   torch::Tensor integer_forward(const torch::Tensor& input) const override;
+
+ private:
+  void check_input(const torch::Tensor& input) const;
 };
 
 TORCH_MODULE(Linear);

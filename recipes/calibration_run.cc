@@ -23,9 +23,10 @@ void forward_all(TextModel& model, const std::vector<std::vector<int64_t>>& samp
     return;
   }
   // Workers take the next sample when they are done with one: lengths differ too much for fixed
-  // shares.
+  // shares. All of them start even for a single sample, since inside the parallel region, and only
+  // there, its products run on one thread.
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < count; i = next++) forward(i);
   });
 }
@@ -34,9 +35,9 @@ void forward_all(TextModel& model, const std::vector<std::vector<int64_t>>& samp
 
 ModelStatistics plan_statistics(const TextModel& model, const TokenDataset& data, int64_t first,
                                 int64_t count) {
-  VERNIER_CHECK(first >= 0 && count > 0 && first + count <= data.size(), data.path().string(),
-                " has ", data.size(), " samples: ", first, " to ", first + count,
-                " are not all there");
+  VERNIER_CHECK(first >= 0 && first < data.size() && count > 0 && count <= data.size() - first,
+                data.path().string(), " has ", data.size(), " samples: ", count, " from number ",
+                first, " on are not all there");
   ModelStatistics statistics;
   statistics.fingerprint = model.info.fingerprint;
   statistics.data = data.fingerprint();

@@ -175,6 +175,10 @@ void calibrate_layers(const torch::nn::Module& model, const ModelStatistics& sta
       VERNIER_CHECK(site != statistics.sites.end() && site->second.histogram.total() > 0,
                     "it was never reached by the calibration data: calibrate with data that uses "
                     "it, or skip it");
+      const auto inputs = static_cast<size_t>(layer->float_weight().size(1));
+      VERNIER_CHECK(site->second.channels.size() == inputs, "its statistics have ",
+                    site->second.channels.size(), " channels and it has ", inputs,
+                    " inputs: calibrate this model");
       layer->input_quantizer->calibrate(site->second);
     } catch (const Error& error) {
       throw Error(concat("layer '", name, "': ", error.what()));

@@ -89,8 +89,9 @@ std::vector<std::vector<int64_t>> TokenDataset::read_rows(const std::string& gro
 
 std::vector<std::vector<int64_t>> TokenDataset::read(int64_t first, int64_t count,
                                                      int64_t vocabulary, int64_t max_length) const {
-  VERNIER_CHECK(first >= 0 && count >= 0 && first + count <= size_, path().string(), " has ", size_,
-                " samples: ", first, " to ", first + count, " are not all there");
+  VERNIER_CHECK(first >= 0 && first <= size_ && count >= 0 && count <= size_ - first,
+                path().string(), " has ", size_, " samples: ", count, " from number ", first,
+                " on are not all there");
   const auto groups = static_cast<int64_t>(groups_.size());
   const int64_t first_row = first / groups, last_row = (first + count + groups - 1) / groups;
   std::vector<std::vector<std::vector<int64_t>>> rows;

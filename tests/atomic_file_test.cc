@@ -1,5 +1,5 @@
 #include <vernier/calibration/atomic_file.h>
-#include <vernier/kernels/error.h>
+#include <vernier/tests/expect_error.h>
 #include <vernier/tests/temporary_folder.h>
 
 #include <gtest/gtest.h>
@@ -17,20 +17,10 @@ namespace vernier {
 namespace {
 
 namespace fs = std::filesystem;
+using testing::message_of;
 using testing::read_bytes;
 using testing::TemporaryFolder;
 using testing::write_bytes;
-
-/// The message of the Error that `action` throws; empty when it throws none.
-std::string message_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos);
-    return error.what();
-  }
-  return "";
-}
 
 /// Runs `action` in a forked child and gives back its wait status.
 int in_child(const std::function<int()>& action) {
@@ -40,9 +30,6 @@ int in_child(const std::function<int()>& action) {
   EXPECT_EQ(waitpid(child, &status, 0), child);
   return status;
 }
-
-#define EXPECT_CONTAINS(text, part) \
-  EXPECT_NE(std::string(text).find(part), std::string::npos) << "in: " << (text)
 
 TEST(AtomicFile, AppearsOnlyAtCommit) {
   TemporaryFolder folder;

@@ -7,7 +7,7 @@
 #include <unistd.h>
 #include <vernier/calibration/atomic_file.h>
 #include <vernier/calibration/hdf5.h>
-#include <vernier/kernels/error.h>
+#include <vernier/tests/expect_error.h>
 #include <vernier/tests/temporary_folder.h>
 
 #include <algorithm>
@@ -26,23 +26,10 @@ namespace vernier::hdf5 {
 namespace {
 
 namespace fs = std::filesystem;
+using vernier::testing::message_of;
 using vernier::testing::read_bytes;
 using vernier::testing::TemporaryFolder;
 using vernier::testing::write_bytes;
-
-/// The message of the Error that `action` throws; empty when it throws none.
-std::string message_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos);
-    return error.what();
-  }
-  return "";
-}
-
-#define EXPECT_CONTAINS(text, part) \
-  EXPECT_NE(std::string(text).find(part), std::string::npos) << "in: " << (text)
 
 /// Builds a file with the C library, for what File does not write.
 void build(const fs::path& path, const std::function<void(hid_t)>& fill) {

@@ -1,5 +1,5 @@
 #include <vernier/export/safetensors.h>
-#include <vernier/kernels/error.h>
+#include <vernier/tests/expect_error.h>
 #include <vernier/tests/temporary_folder.h>
 
 #include <ATen/ATen.h>
@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
-#include <functional>
 #include <optional>
 #include <random>
 #include <string>
@@ -24,24 +23,10 @@ namespace vernier {
 namespace {
 
 namespace fs = std::filesystem;
+using testing::message_of;
 using testing::read_bytes;
 using testing::TemporaryFolder;
 using testing::write_bytes;
-
-/// The message of the Error that `action` throws; empty when it throws none.
-std::string message_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos);
-    EXPECT_LT(std::strlen(error.what()), 2000u);
-    return error.what();
-  }
-  return "";
-}
-
-#define EXPECT_CONTAINS(text, part) \
-  EXPECT_NE(std::string(text).find(part), std::string::npos) << "in: " << (text)
 
 /// A file of this header and data, its length in front.
 std::string file_of(const std::string& header, const std::string& data = "") {

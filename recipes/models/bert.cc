@@ -36,7 +36,7 @@ BertConfig read_config(const nlohmann::json& json) {
   const std::string activation =
       config.one_of("hidden_act", {"gelu", "gelu_new", "gelu_pytorch_tanh"}, "gelu");
   result.tanh_gelu = activation != "gelu";
-  VERNIER_CHECK(result.hidden % result.heads == 0, "config.json: hidden_size ", result.hidden,
+  VERNIER_CHECK(result.hidden % result.heads == 0, "hidden_size ", result.hidden,
                 " is not a multiple of num_attention_heads ", result.heads);
   return result;
 }

@@ -16,7 +16,7 @@ class ConfigReader {
  public:
   /// Throws Error unless the configuration is a JSON object.
   explicit ConfigReader(const nlohmann::json& json) : json_(json) {
-    VERNIER_CHECK(json.is_object(), "config.json is not a JSON object");
+    VERNIER_CHECK(json.is_object(), "the configuration is not a JSON object");
   }
 
   /// A count of 1 to 2^31. Throws Error when it is missing without a default, no integer or out of
@@ -24,9 +24,9 @@ class ConfigReader {
   int64_t size(const char* field, std::optional<int64_t> otherwise = std::nullopt) const {
     const nlohmann::json* value = find(field);
     if (!value && otherwise) return *otherwise;
-    VERNIER_CHECK(value, "config.json has no field '", field, "'");
-    VERNIER_CHECK(value->is_number_integer() && *value >= 1 && *value <= (int64_t{1} << 31),
-                  "config.json: ", field, " must be a positive integer, not ", value->dump());
+    VERNIER_CHECK(value, "the configuration has no field '", field, "'");
+    VERNIER_CHECK(value->is_number_integer() && *value >= 1 && *value <= (int64_t{1} << 31), field,
+                  " must be a positive integer, not ", value->dump());
     return value->get<int64_t>();
   }
 
@@ -36,7 +36,7 @@ class ConfigReader {
     if (!value) return otherwise;
     VERNIER_CHECK(
         value->is_number() && value->get<double>() > 0 && std::isfinite(value->get<double>()),
-        "config.json: ", field, " must be a positive number, not ", value->dump());
+        field, " must be a positive number, not ", value->dump());
     return value->get<double>();
   }
 
@@ -50,8 +50,7 @@ class ConfigReader {
       if (*value == name) return name;
       known += concat(known.empty() ? "" : ", ", name);
     }
-    throw Error(
-        concat("config.json: ", field, " ", value->dump(), " is not implemented (", known, ")"));
+    throw Error(concat(field, " ", value->dump(), " is not implemented (", known, ")"));
   }
 
   /// Throws Error when the field is there with another value: one that this program does not
@@ -59,8 +58,7 @@ class ConfigReader {
   template <typename T>
   void require(const char* field, const T& value) const {
     const nlohmann::json* found = find(field);
-    VERNIER_CHECK(!found || *found == value, "config.json: ", field, " ", found->dump(),
-                  " is not implemented");
+    VERNIER_CHECK(!found || *found == value, field, " ", found->dump(), " is not implemented");
   }
 
  private:

@@ -52,9 +52,12 @@ std::shared_ptr<TextModel> make_model(const CheckpointInfo& info, const std::str
   } catch (const nlohmann::json::exception&) {
     throw Error(concat(where, ": the configuration is not valid JSON"));
   }
+  const Family& family = family_of(info.architecture, where);
   std::shared_ptr<TextModel> model;
   try {
-    model = family_of(info.architecture, where).make(config);
+    model = family.make(config);
+  } catch (const Error& error) {
+    throw Error(concat(where, ": ", error.what()));
   } catch (const nlohmann::json::exception& error) {
     throw Error(concat(where, ": ", error.what()));
   }

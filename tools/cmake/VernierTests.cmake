@@ -45,9 +45,12 @@ if(Python3_FOUND)
   set_tests_properties(style_includes PROPERTIES LABELS style)
 endif()
 
-# torch.ops.vernier from Python. `import torch` loads all of CUDA's libraries, which a machine without nvcc does not get.
+# The Python tests, which skip themselves where they miss a package.
 set(venv_python "${PROJECT_SOURCE_DIR}/.deps/venv/bin/python")
-if(EXISTS "${PROJECT_SOURCE_DIR}/tests/python_ops_test.py" AND EXISTS "${venv_python}")
+if(EXISTS "${venv_python}")
+  add_test(NAME text_to_tokens_test COMMAND "${venv_python}" "${PROJECT_SOURCE_DIR}/tests/text_to_tokens_test.py")
+  set_tests_properties(text_to_tokens_test PROPERTIES LABELS python SKIP_RETURN_CODE 77 TIMEOUT 600)
+  # torch.ops.vernier. `import torch` loads all of CUDA's libraries, which a machine without nvcc does not get.
   add_test(NAME python_ops_test
            COMMAND sh -c "\"$0\" -c 'import torch' 2>/dev/null || { echo 'skipped: Python cannot import torch here'; exit 77; }; exec \"$0\" \"$@\""
            "${venv_python}" "${PROJECT_SOURCE_DIR}/tests/python_ops_test.py")
