@@ -45,7 +45,16 @@ Histogram::Histogram(std::vector<int64_t> counts, int32_t exponent, Range range,
   finite_ = sum;
   add(nans);
   add(infinities);
+  // The outermost bin of each side in use is the one that the extreme of that side falls into.
+  const auto agrees = [&](std::span<const int64_t> side, float extreme) {
+    const auto last =
+        std::find_if(side.rbegin(), side.rend(), [](int64_t count) { return count != 0; });
+    const int64_t used = side.rend() - last;
+    return used == (extreme > 0 ? bin_of(extreme, power_of_two(-exponent_)) + int64_t{1} : 0);
+  };
   const float largest = amax();
+  if (valid && largest > 0 && exponent >= kSmallestExponent && exponent <= 127)
+    valid = agrees(negative(), -range.min) && agrees(positive(), range.max);
   if (largest > 0) {
     valid = valid && exponent == width_exponent(largest, log2_of(this->bins())) && binned > 0;
   } else {

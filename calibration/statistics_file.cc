@@ -12,6 +12,7 @@ namespace {
 
 constexpr const char* kFormat = "vernier-statistics";
 constexpr int64_t kVersion = 1;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 }  // namespace
 
@@ -24,12 +25,14 @@ void ModelStatistics::merge(const ModelStatistics& other) {
                   run->planned, " samples: finish it with --resume before merging");
   VERNIER_CHECK(sites.size() == other.sites.size(), "the statistics cover ", sites.size(), " and ",
                 other.sites.size(), " layers: merge only runs over the same ones");
+  auto sum = sites;  // whole or not at all
   for (const auto& [name, site] : other.sites) {
-    const auto mine = sites.find(name);
-    VERNIER_CHECK(mine != sites.end(), "layer '", name,
+    const auto mine = sum.find(name);
+    VERNIER_CHECK(mine != sum.end(), "layer '", name,
                   "' is in only one of the statistics: merge only runs over the same layers");
     mine->second.merge(site);
   }
+  sites = std::move(sum);
   if (data != other.data) data.clear();
   first_sample = std::min(first_sample, other.first_sample);
   samples += other.samples;
@@ -107,8 +110,14 @@ ModelStatistics load_statistics(const std::filesystem::path& path) {
     }
     const std::vector<float> bounds = file.read<float>(group + "/channel_range");
     const size_t channels = bounds.size() / 2;
-    for (size_t c = 0; c < channels; ++c)
+    for (size_t c = 0; c < channels; ++c) {
+      const bool empty = bounds[c] == kInfinity && bounds[channels + c] == -kInfinity;
+      const bool ordered = std::isfinite(bounds[c]) && std::isfinite(bounds[channels + c]) &&
+                           bounds[c] <= bounds[channels + c];
+      VERNIER_CHECK(empty || ordered, path.string(), ": site '", name,
+                    "' has a damaged range of channel ", c);
       site.channels.push_back({bounds[c], bounds[channels + c]});
+    }
     statistics.sites.emplace(name, std::move(site));
   }
   return statistics;

@@ -20,7 +20,8 @@ constexpr const char* kSchemeArguments =
 Scheme scheme_from_arguments(const OptionalTensor& zero_point, int64_t bits,
                              std::string_view granularity, int64_t group_size, bool narrow_range) {
   Scheme scheme;
-  scheme.bits = static_cast<int>(std::clamp<int64_t>(bits, 0, 99));
+  VERNIER_CHECK(bits >= 2 && bits <= 8, "bits must be 2 to 8, not ", bits);
+  scheme.bits = static_cast<int>(bits);
   scheme.granularity = granularity_from_string(std::string(granularity));
   scheme.group_size = group_size;
   scheme.symmetric = !zero_point.has_value();
@@ -202,31 +203,42 @@ std::tuple<Tensor, Tensor> quantize_per_token_kernel(const Tensor& input, int64_
   return {codes, scale};
 }
 
-// Shapes and dtypes without data, for tracing.
+// Shapes and dtypes without data, for tracing. A meta operand beside a real input comes here, too.
+void check_meta(const Tensor& input) {
+  VERNIER_CHECK(input.is_meta(), "an operand is on meta but the input is on ", input.device(),
+                ": move one of them");
+}
+
 Tensor quantize_meta(const Tensor& input, const Tensor&, const OptionalTensor&, int64_t,
                      std::string_view, int64_t, int64_t, bool) {
+  check_meta(input);
   return at::empty_symint(input.sym_sizes(), input.options().dtype(at::kChar));
 }
 Tensor dequantize_meta(const Tensor& codes, const Tensor&, const OptionalTensor&, int64_t,
                        std::string_view, int64_t, int64_t, bool, at::ScalarType dtype) {
+  check_meta(codes);
   return at::empty_symint(codes.sym_sizes(), codes.options().dtype(dtype));
 }
 Tensor fake_quantize_meta(const Tensor& input, const Tensor&, const OptionalTensor&, int64_t,
                           std::string_view, int64_t, int64_t, bool) {
+  check_meta(input);
   return at::empty_symint(input.sym_sizes(), input.options());
 }
 Tensor fake_quantize_backward_meta(const Tensor&, const Tensor& input, const Tensor&,
                                    const OptionalTensor&, int64_t, std::string_view, int64_t,
                                    int64_t, bool) {
+  check_meta(input);
   return at::empty_symint(input.sym_sizes(), input.options());
 }
 Tensor per_token_scale_meta(const Tensor& input, int64_t, bool) {
+  check_meta(input);
   const auto sizes = input.sym_sizes();
   return at::empty_symint(sizes.slice(0, sizes.empty() ? 0 : sizes.size() - 1),
                           input.options().dtype(at::kFloat));
 }
 std::tuple<Tensor, Tensor> quantize_per_token_meta(const Tensor& input, int64_t bits,
                                                    bool narrow_range) {
+  check_meta(input);
   return {at::empty_symint(input.sym_sizes(), input.options().dtype(at::kChar)),
           per_token_scale_meta(input, bits, narrow_range)};
 }

@@ -4,8 +4,10 @@
 // All take contiguous or strided float32, float16 or bfloat16 tensors on the CPU or a GPU. Scales
 // are float32 on the same device, in number as the granularity says:
 //   per_tensor 1; per_channel size(axis); per_token numel / size(-1); per_group numel / group_size.
-// Zero points are int32, as many as scales, or absent for all zero.
-// The same operations stand in torch.ops.vernier for Python.
+// Zero points are int32 within the scheme's codes, as many as scales, or absent for all zero.
+// Scales are positive. The values of both are not checked, which would make the host wait for the
+// GPU: whoever makes them does (qat/quantizer.h). The same operations stand in torch.ops.vernier
+// for Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
