@@ -4,6 +4,7 @@
 #include <vernier/cli/console.h>
 #include <vernier/kernels/error.h>
 
+#include <csignal>
 #include <new>
 
 namespace {
@@ -15,6 +16,8 @@ std::string first_line(const std::string& text) { return text.substr(0, text.fin
 
 int main(int argc, char** argv) {
   using namespace vernier::cli;
+  // A file that grows beyond the limit is an error of its write, not the end of the program.
+  std::signal(SIGXFSZ, SIG_IGN);
   // Activations are freed and allocated again all the time: kept in the heap, their pages need no
   // clearing by the kernel.
   mallopt(M_MMAP_THRESHOLD, 1 << 30);
@@ -32,7 +35,12 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? kDone : kWrongUse;
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+    const bool unknown = app.get_subcommands().empty() && argc > 1 && argv[1][0] != '-';
+    note(vernier::concat(
+        "vernier: ", unknown ? "unknown command '" + std::string(argv[1]) + "'" : error.what(),
+        ": see vernier --help"));
+    return kWrongUse;
   }
   try {
     return action();
