@@ -1,3 +1,4 @@
+#include <vernier/calibration/atomic_file.h>
 #include <vernier/calibration/hdf5.h>
 #include <vernier/calibration/hdf5_library.h>
 #include <vernier/calibration/hdf5_output.h>
@@ -393,5 +394,21 @@ VERNIER_INSTANTIATE(uint64_t)
 VERNIER_INSTANTIATE(float)
 VERNIER_INSTANTIATE(double)
 #undef VERNIER_INSTANTIATE
+
+void write_atomically(const std::filesystem::path& path, const std::function<void(File&)>& fill) {
+  AtomicFile target(path);
+  try {
+    File file = File::create(target.temporary());
+    fill(file);
+    file.close();
+  } catch (const Error& error) {
+    std::string message = error.what();
+    const std::string temporary = target.temporary().string();
+    if (const size_t at = message.find(temporary); at != std::string::npos)
+      message.replace(at, temporary.size(), path.string());
+    throw Error(message);
+  }
+  target.commit();
+}
 
 }  // namespace vernier::hdf5

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -171,5 +172,9 @@ class File {
   explicit File(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
 };
+
+/// Creates `path` as one AtomicFile, filled by `fill`: it is there whole or not at all. Throws what
+/// `fill` and File throw, with the name of the target in place of the temporary's.
+void write_atomically(const std::filesystem::path& path, const std::function<void(File&)>& fill);
 
 }  // namespace vernier::hdf5

@@ -1,4 +1,3 @@
-#include <vernier/calibration/atomic_file.h>
 #include <vernier/calibration/hdf5.h>
 #include <vernier/calibration/statistics_file.h>
 #include <vernier/kernels/error.h>
@@ -13,6 +12,33 @@ namespace {
 constexpr const char* kFormat = "vernier-statistics";
 constexpr int64_t kVersion = 1;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+void write_statistics(const ModelStatistics& statistics, hdf5::File& file) {
+  file.set_attribute("/", "format", kFormat);
+  file.set_attribute("/", "version", kVersion);
+  file.set_attribute("/", "model_fingerprint", statistics.fingerprint);
+  file.set_attribute("/", "data_fingerprint", statistics.data);
+  file.set_attribute("/", "samples", statistics.samples);
+  file.set_attribute("/", "first_sample", statistics.first_sample);
+  file.set_attribute("/", "planned_samples", statistics.planned);
+  file.create_group("sites");
+  for (const auto& [name, site] : statistics.sites) {
+    const std::string group = "sites/" + name;
+    const Histogram& histogram = site.histogram;
+    file.write<int64_t>(group + "/counts", histogram.counts(),
+                        std::array<int64_t, 2>{2, histogram.bins()});
+    std::vector<float> channels;
+    for (const Range& channel : site.channels) channels.push_back(channel.min);
+    for (const Range& channel : site.channels) channels.push_back(channel.max);
+    file.write(group + "/channel_range", channels, {2, static_cast<int64_t>(site.channels.size())});
+    file.set_attribute(group, "exponent", int64_t{histogram.exponent()});
+    file.set_attribute(group, "min", static_cast<double>(histogram.range().min));
+    file.set_attribute(group, "max", static_cast<double>(histogram.range().max));
+    file.set_attribute(group, "zeros", histogram.zeros());
+    file.set_attribute(group, "nans", histogram.nans());
+    file.set_attribute(group, "infinities", histogram.infinities());
+  }
+}
 
 }  // namespace
 
@@ -40,34 +66,7 @@ void ModelStatistics::merge(const ModelStatistics& other) {
 }
 
 void save_statistics(const ModelStatistics& statistics, const std::filesystem::path& path) {
-  AtomicFile target(path);
-  hdf5::File file = hdf5::File::create(target.temporary());
-  file.set_attribute("/", "format", kFormat);
-  file.set_attribute("/", "version", kVersion);
-  file.set_attribute("/", "model_fingerprint", statistics.fingerprint);
-  file.set_attribute("/", "data_fingerprint", statistics.data);
-  file.set_attribute("/", "samples", statistics.samples);
-  file.set_attribute("/", "first_sample", statistics.first_sample);
-  file.set_attribute("/", "planned_samples", statistics.planned);
-  file.create_group("sites");
-  for (const auto& [name, site] : statistics.sites) {
-    const std::string group = "sites/" + name;
-    const Histogram& histogram = site.histogram;
-    file.write<int64_t>(group + "/counts", histogram.counts(),
-                        std::array<int64_t, 2>{2, histogram.bins()});
-    std::vector<float> channels;
-    for (const Range& channel : site.channels) channels.push_back(channel.min);
-    for (const Range& channel : site.channels) channels.push_back(channel.max);
-    file.write(group + "/channel_range", channels, {2, static_cast<int64_t>(site.channels.size())});
-    file.set_attribute(group, "exponent", int64_t{histogram.exponent()});
-    file.set_attribute(group, "min", static_cast<double>(histogram.range().min));
-    file.set_attribute(group, "max", static_cast<double>(histogram.range().max));
-    file.set_attribute(group, "zeros", histogram.zeros());
-    file.set_attribute(group, "nans", histogram.nans());
-    file.set_attribute(group, "infinities", histogram.infinities());
-  }
-  file.close();
-  target.commit();
+  hdf5::write_atomically(path, [&](hdf5::File& file) { write_statistics(statistics, file); });
 }
 
 ModelStatistics load_statistics(const std::filesystem::path& path) {

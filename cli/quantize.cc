@@ -31,6 +31,9 @@ int run(const Options& options) {
   if (!options.eval_data.empty()) eval_data = TokenDataset::open(options.eval_data);
 
   const auto model = load_text_model(options.model);
+  const TokenDataset* judged = eval_data ? &*eval_data : data ? &*data : nullptr;
+  if (judged)
+    judged->check(model->vocabulary(), model->max_length());  // before anything is written
   model->to(device);
   apply_recipe(*model, recipe);
   ModelStatistics statistics;
@@ -49,7 +52,6 @@ int run(const Options& options) {
   json["bytes_integer"] = model_bytes(options.out);
   json["layers"] = quantized_layers(*model).size();
 
-  const TokenDataset* judged = eval_data ? &*eval_data : data ? &*data : nullptr;
   if (!judged) {
     note("no data to validate on: give some with --eval-data");
     if (options.common.json) print_json(json);

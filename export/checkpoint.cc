@@ -1,4 +1,3 @@
-#include <vernier/calibration/atomic_file.h>
 #include <vernier/export/checkpoint.h>
 #include <vernier/kernels/error.h>
 #include <vernier/qat/layer.h>
@@ -149,12 +148,8 @@ std::map<std::string, Tensor> plain_tensors(const torch::nn::Module& model) {
   return tensors;
 }
 
-}  // namespace
-
-void save_checkpoint(const torch::nn::Module& model, const CheckpointInfo& info,
-                     const std::filesystem::path& path) {
-  AtomicFile target(path);
-  hdf5::File file = hdf5::File::create(target.temporary());
+void write_checkpoint(const torch::nn::Module& model, const CheckpointInfo& info,
+                      hdf5::File& file) {
   file.set_attribute("/", "format", kFormat);
   file.set_attribute("/", "version", kVersion);
   file.set_attribute("/", "architecture", info.architecture);
@@ -178,8 +173,13 @@ void save_checkpoint(const torch::nn::Module& model, const CheckpointInfo& info,
     tensors.erase(name + ".weight");
   }
   for (const auto& [name, tensor] : tensors) write_tensor(file, "tensors/" + name, tensor);
-  file.close();
-  target.commit();
+}
+
+}  // namespace
+
+void save_checkpoint(const torch::nn::Module& model, const CheckpointInfo& info,
+                     const std::filesystem::path& path) {
+  hdf5::write_atomically(path, [&](hdf5::File& file) { write_checkpoint(model, info, file); });
 }
 
 bool Checkpoint::is_checkpoint(const std::filesystem::path& path) {

@@ -114,6 +114,12 @@ std::vector<std::vector<int64_t>> TokenDataset::read(int64_t first, int64_t coun
   return samples;
 }
 
+void TokenDataset::check(int64_t vocabulary, int64_t max_length) const {
+  for (int64_t first = 0; first < size_; first += kBlockRows)
+    read(first, std::min(kBlockRows, size_ - first), vocabulary, max_length);
+  if (pairs()) scores();
+}
+
 std::vector<double> TokenDataset::scores() const {
   VERNIER_CHECK(pairs() && file_.exists("score"), path().string(),
                 ": needs pairs in groups 'a' and 'b' and the dataset 'score'");

@@ -29,6 +29,10 @@ class TokenDataset {
   std::vector<std::vector<int64_t>> read(int64_t first, int64_t count, int64_t vocabulary,
                                          int64_t max_length) const;
 
+  /// Reads everything once, so that what is wrong with it is found before long work and not in the
+  /// middle. Throws Error as read() and, where there are pairs, as scores().
+  void check(int64_t vocabulary, int64_t max_length) const;
+
   /// Scores of the pairs. Throws Error when the file holds no pairs or no finite scores.
   std::vector<double> scores() const;
 

@@ -808,6 +808,24 @@ TEST_F(RecipesTest, StatisticsDoNotDependOnThreads) {
   for (const int threads : {2, 3}) expect_same_statistics(with(threads), one);
 }
 
+TEST_F(RecipesTest, StatisticsOfOneSampleDoNotDependOnThreads) {
+  // A product of so few rows is split by some libraries along the sum when several threads share
+  // it.
+  Json config = tiny_config();
+  config["hidden_size"] = config["intermediate_size"] = 128;
+  write_bert(folder_ / "wide", config, random_tensors(config));
+  const TextModelPointer model = load_text_model(folder_ / "wide");
+  for (const int64_t length : {1, 5, 7, 10, 16}) {
+    SCOPED_TRACE(length);
+    const TokenDataset data = tokens(random_rows(1, 3, length, length));
+    const auto with = [&](int threads) {
+      const Threads guard(threads);
+      return collected(*model, data, 0, 1);
+    };
+    expect_same_statistics(with(2), with(1));
+  }
+}
+
 TEST_F(RecipesTest, ShardsMergeToTheWhole) {
   const TextModelPointer model = tiny_bert();
   const TokenDataset data = tokens(random_rows(kSamples));
