@@ -20,25 +20,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::string reason(int error) {
-  switch (error) {
-    case ENOSPC:
-    case EDQUOT:
-      return "the disk is full; free space or write elsewhere";
-    case EFBIG:
-      return "the file is larger than this file system or the process's limit allows";
-    case EACCES:
-    case EPERM:
-      return "permission denied; choose a folder you may write to";
-    case EROFS:
-      return "the file system is read-only; write elsewhere";
-    default:
-      return std::generic_category().message(error);
-  }
-}
-
 [[noreturn]] void fail(const char* what, const fs::path& path, int error) {
-  throw Error(concat(what, " ", path.string(), ": ", reason(error)));
+  throw Error(concat(what, " ", path.string(), ": ", write_failure_reason(error)));
 }
 
 /// The absolute target without a trailing slash, a symbolic link at its end followed: a rename
@@ -103,6 +86,23 @@ void sync_tree(const fs::path& folder) {
 
 }  // namespace
 
+std::string write_failure_reason(int error) {
+  switch (error) {
+    case ENOSPC:
+    case EDQUOT:
+      return "the disk is full; free space or write elsewhere";
+    case EFBIG:
+      return "the file is larger than this file system or the process's limit allows";
+    case EACCES:
+    case EPERM:
+      return "permission denied; choose a folder you may write to";
+    case EROFS:
+      return "the file system is read-only; write elsewhere";
+    default:
+      return std::generic_category().message(error);
+  }
+}
+
 AtomicFile::AtomicFile(fs::path target) : target_(resolved(target)) {
   check_parent(target_);
   std::error_code error;
@@ -143,8 +143,8 @@ void AtomicFile::commit() {
   if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
     const int error = errno;
     owned_ = false;
-    throw Error(concat("cannot rename the finished file to ", target_.string(), ": ", reason(error),
-                       "; it is kept as ", temporary_.string()));
+    throw Error(concat("cannot rename the finished file to ", target_.string(), ": ",
+                       write_failure_reason(error), "; it is kept as ", temporary_.string()));
   }
   owned_ = false;
   sync_path(target_.parent_path(), O_RDONLY | O_DIRECTORY);
@@ -200,7 +200,7 @@ void AtomicFolder::commit() {
     const int error = errno;
     owned_ = false;
     throw Error(concat("cannot rename the finished folder to ", target_.string(), ": ",
-                       reason(error), "; it is kept as ", temporary_.string()));
+                       write_failure_reason(error), "; it is kept as ", temporary_.string()));
   }
   owned_ = false;
   sync_path(target_.parent_path(), O_RDONLY | O_DIRECTORY);

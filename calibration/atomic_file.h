@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <filesystem>
+#include <string>
 #include <string_view>
 
 namespace vernier {
@@ -80,5 +81,8 @@ class AtomicFolder {
 
 /// Writes `text` to `path` as one AtomicFile.
 void write_text_atomically(const std::filesystem::path& path, std::string_view text);
+
+/// For a message: why writing failed with this error number, and what to do.
+std::string write_failure_reason(int error);
 
 }  // namespace vernier

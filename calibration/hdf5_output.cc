@@ -12,7 +12,6 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
-#include <system_error>
 #include <utility>
 
 namespace vernier::hdf5 {
@@ -161,18 +160,6 @@ hid_t output_driver() {
 }
 
 }  // namespace
-
-std::string failure_text(int error) {
-  switch (error) {
-    case ENOSPC:
-    case EDQUOT:
-      return "the disk is full; free space or write elsewhere";
-    case EFBIG:
-      return "the file is larger than this file system or the process's limit allows";
-    default:
-      return std::generic_category().message(error);
-  }
-}
 
 bool use_output_driver(hid_t access, WriteFailure& failure) {
   WriteFailure* const pointer = &failure;

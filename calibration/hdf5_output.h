@@ -3,8 +3,6 @@
 
 #include <hdf5.h>
 
-#include <string>
-
 namespace vernier::hdf5 {
 
 /// The error number of the first write that failed; 0 while none has.
@@ -15,9 +13,6 @@ struct WriteFailure {
     if (error == 0) error = number;
   }
 };
-
-/// For a message: why a write failed.
-std::string failure_text(int error);
 
 /// Lets files that are created with the property list `access` be written through Vernier's driver,
 /// for one reason: when the library cannot write what it still holds as a file closes (the disk is

@@ -1,3 +1,4 @@
+#include <vernier/calibration/atomic_file.h>
 #include <vernier/calibration/hdf5_state.h>
 
 #include <algorithm>
@@ -69,7 +70,7 @@ void File::State::wrong_kind(std::string_view label, ElementType type, const cha
 
 void File::State::check_written(std::string_view object) const {
   VERNIER_CHECK(failure.error == 0, where(object),
-                ": cannot be written: ", failure_text(failure.error));
+                ": cannot be written: ", write_failure_reason(failure.error));
 }
 
 void File::State::check_open() const {
