@@ -1,4 +1,5 @@
 #include <vernier/kernels/element_cpu.h>
+#include <vernier/kernels/error.h>
 #include <vernier/kernels/int8_gemm_device.h>
 #include <vernier/kernels/parallel.h>
 
@@ -52,8 +53,37 @@ void int8_matmul(const int8_t* codes, const int8_t* weight, int64_t m, int64_t n
   });
 }
 
-void int8_epilogue(const EpilogueArguments& a) {
-  with_element_type(a.output_type, [&]<typename T>(T*) {
+namespace {
+
+// Calls f with a null pointer of the C++ type of an output of the epilogue.
+template <typename F>
+void with_output_type(GemmOutput type, const F& f) {
+  switch (type) {
+    case GemmOutput::i8:
+      return f(static_cast<int8_t*>(nullptr));
+    case GemmOutput::f32:
+      return with_element_type(ElementType::f32, f);
+    case GemmOutput::f16:
+      return with_element_type(ElementType::f16, f);
+    case GemmOutput::bf16:
+      return with_element_type(ElementType::bf16, f);
+    case GemmOutput::i32:
+      break;
+  }
+  throw Error("int8_epilogue: int32 is no output of it");
+}
+
+void requantize_run(const float* values, int64_t n, const EpilogueArguments& a, int8_t* codes) {
+  const int32_t zero_point = a.output_zero_point ? *a.output_zero_point : 0;
+  for (int64_t i = 0; i < n; ++i)
+    codes[i] =
+        static_cast<int8_t>(quantize_value(values[i], *a.output_scale, zero_point, a.qmin, a.qmax));
+}
+
+}  // namespace
+
+void int8_epilogue(const int32_t* accumulators, const EpilogueArguments& a) {
+  with_output_type(a.output_type, [&]<typename T>(T*) {
     T* output = static_cast<T*>(a.output);
     const int64_t grain = std::max<int64_t>(1, 16 * kBlock / std::max<int64_t>(a.columns, 1));
     parallel_for(a.rows, grain, [&](int64_t begin, int64_t end) {
@@ -67,16 +97,24 @@ void int8_epilogue(const EpilogueArguments& a) {
           weight_scale = std::fill_n(scales.data(), n, *a.weight_scale) - n;
         const float* bias = a.bias ? a.bias + c : std::fill_n(biases.data(), n, 0.0f) - n;
         for (int64_t row = begin; row < end; ++row) {
-          const int32_t* acc = a.accumulators + row * a.columns + c;
+          const int32_t* acc = accumulators + row * a.columns + c;
           if (a.input_zero_point) {
             for (int64_t i = 0; i < n; ++i)
               corrected[i] = acc[i] - *a.input_zero_point * a.weight_sum[c + i];
             acc = corrected.data();
           }
           T* out = output + row * a.columns + c;
+          float* values = block.data();
+          if constexpr (!std::is_same_v<T, int8_t>) values = output_block(out, block);
           epilogue_run(acc, n, a.input_scale[a.input_scale_per_row ? row : 0], weight_scale, bias,
-                       output_block(out, block));
-          store_block(block, n, out);
+                       values);
+          if (a.activation != Activation::none)
+            for (int64_t i = 0; i < n; ++i) values[i] = activate(a.activation, values[i]);
+          if constexpr (std::is_same_v<T, int8_t>) {
+            requantize_run(values, n, a, out);
+          } else {
+            store_block(block, n, out);
+          }
         }
       }
     });

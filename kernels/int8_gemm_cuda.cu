@@ -1,5 +1,7 @@
 #include <cublasLt.h>
+#include <vernier/kernels/int8_gemm_choice.h>
 #include <vernier/kernels/int8_gemm_device.h>
+#include <vernier/kernels/int8_gemm_sm90.h>
 #include <vernier/kernels/launch.h>
 
 #include <map>
@@ -9,7 +11,7 @@
 namespace vernier::cuda {
 namespace {
 
-constexpr const char* kName = "int8_matmul";
+constexpr const char* kName = "int8_gemm";
 constexpr int kThreads = 256;
 
 // ---- Reference ----------------------------------------------------------------------------------
@@ -137,15 +139,15 @@ class Scratch {
       left_ -= bytes;
       return static_cast<T*>(piece);
     }
-    VERNIER_CHECK(allocated_ < kMost, "int8_matmul: too many temporary buffers");
+    VERNIER_CHECK(allocated_ < kMost, "int8_gemm: too many temporary buffers");
     void* piece = nullptr;
-    check(cudaMallocAsync(&piece, bytes, stream_), "allocating a temporary buffer for int8_matmul");
+    check(cudaMallocAsync(&piece, bytes, stream_), "allocating a temporary buffer for int8_gemm");
     allocations_[allocated_++] = piece;
     return static_cast<T*>(piece);
   }
 
  private:
-  static constexpr int kMost = 4;  // the library's own, two operands and the result
+  static constexpr int kMost = 5;  // the library's own, two operands, a result and its padded form
   char* next_;
   int64_t left_;
   cudaStream_t stream_;
@@ -297,15 +299,17 @@ __device__ Vector<float, V> filled_vector(float value) {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
-    epilogue_kernel(const EpilogueArguments a, Divider vectors_per_row) {
+    epilogue_kernel(const int32_t* accumulators, const EpilogueArguments a,
+                    Divider vectors_per_row) {
   const int64_t per_row = vectors_per_row.divisor();
   const int32_t zero_point = a.input_zero_point ? *a.input_zero_point : 0;
+  const int32_t output_zero_point = a.output_zero_point ? *a.output_zero_point : 0;
   T* output = static_cast<T*>(a.output);
   for (int64_t v = int64_t{blockIdx.x} * kThreads + threadIdx.x; v < a.rows * per_row;
        v += int64_t{gridDim.x} * kThreads) {
     const int64_t row = vectors_per_row.divide(v);
     const int64_t column = (v - row * per_row) * V;
-    Vector<int32_t, V> acc = load_vector<V>(a.accumulators + v * V);
+    Vector<int32_t, V> acc = load_vector<V>(accumulators + v * V);
     if (a.input_zero_point) {
       const Vector<int32_t, V> sums = load_vector<V>(a.weight_sum + column);
 #pragma unroll
@@ -317,18 +321,80 @@ __global__ void __launch_bounds__(kThreads)
     const auto bias = a.bias ? load_vector<V>(a.bias + column) : filled_vector<V>(0.0f);
     Vector<T, V> out;
 #pragma unroll
-    for (int j = 0; j < V; ++j)
-      out[j] = from_float<T>(epilogue_value(acc[j], input_scale, scales[j], bias[j]));
+    for (int j = 0; j < V; ++j) {
+      const float y =
+          activate(a.activation, epilogue_value(acc[j], input_scale, scales[j], bias[j]));
+      if constexpr (std::is_same_v<T, int8_t>) {
+        out[j] = static_cast<int8_t>(
+            quantize_value(y, *a.output_scale, output_zero_point, a.qmin, a.qmax));
+      } else {
+        out[j] = from_float<T>(y);
+      }
+    }
     store_vector(output + v * V, out);
   }
 }
 
 template <typename T, int V>
-void run_epilogue(const EpilogueArguments& a, void* stream) {
+void run_epilogue(const int32_t* accumulators, const EpilogueArguments& a, void* stream) {
   const Divider vectors_per_row(a.columns / V);
   const int64_t tiles = divide_up(a.rows * vectors_per_row.divisor(), kThreads);
-  launch("int8_epilogue", epilogue_kernel<T, V>, grid_size(tiles, 32), kThreads, stream, a,
+  launch(kName, epilogue_kernel<T, V>, grid_size(tiles, 32), kThreads, stream, accumulators, a,
          vectors_per_row);
+}
+
+void epilogue(const int32_t* accumulators, const EpilogueArguments& a, void* stream) {
+  constexpr int V = 4;
+  const bool vectors = a.columns % V == 0 && is_aligned(accumulators, 16) &&
+                       (!a.weight_scale_per_column || is_aligned(a.weight_scale, 16)) &&
+                       is_aligned(a.bias, 16) && is_aligned(a.weight_sum, 16) &&
+                       is_aligned(a.output, 16);
+  const auto run = [&]<typename T>(T*) {
+    if (vectors) {
+      run_epilogue<T, V>(accumulators, a, stream);
+    } else {
+      run_epilogue<T, 1>(accumulators, a, stream);
+    }
+  };
+  switch (a.output_type) {
+    case GemmOutput::i8:
+      return run(static_cast<int8_t*>(nullptr));
+    case GemmOutput::f32:
+      return with_element_type(ElementType::f32, run);
+    case GemmOutput::f16:
+      return with_element_type(ElementType::f16, run);
+    case GemmOutput::bf16:
+      return with_element_type(ElementType::bf16, run);
+    case GemmOutput::i32:
+      break;
+  }
+}
+
+// ---- The paths ----------------------------------------------------------------------------------
+
+/// The operand itself, or a copy with rows of whole 16-byte vectors where it has none.
+const int8_t* addressable(const int8_t* operand, int64_t rows, int64_t k, int64_t padded_rows,
+                          Scratch& scratch, void* stream) {
+  if (padded(k) == k && padded_rows == rows && is_aligned(operand, 16)) return operand;
+  int8_t* const copy = scratch.take<int8_t>(padded_rows * padded(k));
+  pad(operand, rows, k, copy, padded_rows, stream);
+  return copy;
+}
+
+/// cuBLASLt's accumulators, or those of plain instructions where it has no algorithm.
+void library_accumulators(const int8_t* codes, const int8_t* weight, int64_t m, int64_t n,
+                          int64_t k, int32_t* accumulators, Scratch& scratch, void* stream) {
+  void* const library_workspace = scratch.take<char>(kLibraryWorkspace);
+  const int64_t padded_n = padded(n);
+  const int8_t* const a = addressable(codes, m, k, m, scratch, stream);
+  const int8_t* const b = addressable(weight, n, k, padded_n, scratch, stream);
+  const bool direct = padded_n == n && is_aligned(accumulators, 16);
+  int32_t* const result = direct ? accumulators : scratch.take<int32_t>(m * padded_n);
+  if (!library_matmul(a, b, m, padded_n, padded(k), result, library_workspace, as_stream(stream)))
+    return int8_matmul_reference(codes, weight, m, n, k, accumulators, stream);
+  if (direct) return;
+  launch(kName, unpad_kernel, grid_size(divide_up(m * n, kThreads), 32), kThreads, stream,
+         static_cast<const int32_t*>(result), padded_n, m, Divider(n), accumulators);
 }
 
 }  // namespace
@@ -342,60 +408,36 @@ void int8_matmul_reference(const int8_t* codes, const int8_t* weight, int64_t m,
          grid_size(tiles, 1024), kThreads, stream, codes, weight, m, n, k, accumulators);
 }
 
-int64_t int8_workspace_bytes(int64_t m, int64_t n, int64_t k) {
-  int64_t bytes = kLibraryWorkspace;
+int64_t int8_gemm_workspace_bytes(int64_t m, int64_t n, int64_t k, GemmOutput output) {
+  const bool own = sm90::is_available();
+  int64_t bytes = 0;
   if (k % kPad != 0) bytes += Scratch::rounded(m * padded(k));
-  if (k % kPad != 0 || n % kPad != 0) bytes += Scratch::rounded(padded(n) * padded(k));
+  if (k % kPad != 0 || (!own && n % kPad != 0))
+    bytes += Scratch::rounded((own ? n : padded(n)) * padded(k));
+  if (own) return bytes;
+  bytes += kLibraryWorkspace;
   if (n % kPad != 0) bytes += Scratch::rounded(m * padded(n) * sizeof(int32_t));
+  if (output != GemmOutput::i32) bytes += Scratch::rounded(m * n * sizeof(int32_t));
   return bytes;
 }
 
-void int8_matmul(const int8_t* codes, const int8_t* weight, int64_t m, int64_t n, int64_t k,
-                 int32_t* accumulators, void* workspace, int64_t workspace_bytes, void* stream) {
-  if (m <= 0 || n <= 0) return;
-  if (k <= 0) {
-    check(cudaMemsetAsync(accumulators, 0, m * n * sizeof(int32_t), as_stream(stream)), kName);
-    return;
-  }
+void int8_gemm(const int8_t* codes, const int8_t* weight, int64_t k, const EpilogueArguments& e,
+               void* workspace, int64_t workspace_bytes, void* stream) {
+  const int64_t m = e.rows, n = e.columns;
+  if (m <= 0 || n <= 0 || k <= 0) return;
   Scratch scratch(workspace, workspace_bytes, as_stream(stream));
-  void* const library_workspace = scratch.take<char>(kLibraryWorkspace);
-  const int64_t padded_n = padded(n), padded_k = padded(k);
-  const int8_t* a = codes;
-  if (padded_k != k || !is_aligned(codes, 16)) {
-    int8_t* copy = scratch.take<int8_t>(m * padded_k);
-    pad(codes, m, k, copy, m, stream);
-    a = copy;
+  if (sm90::is_available()) {
+    const int8_t* const a = addressable(codes, m, k, m, scratch, stream);
+    const int8_t* const b = addressable(weight, n, k, n, scratch, stream);
+    const int configuration = choose_configuration(m, n, k, multiprocessors()).index;
+    return sm90::int8_gemm(configuration, a, b, padded(k), e, stream);
   }
-  const int8_t* b = weight;
-  if (padded_k != k || padded_n != n || !is_aligned(weight, 16)) {
-    int8_t* copy = scratch.take<int8_t>(padded_n * padded_k);
-    pad(weight, n, k, copy, padded_n, stream);
-    b = copy;
-  }
-  const bool direct = padded_n == n && is_aligned(accumulators, 16);
-  int32_t* result = direct ? accumulators : scratch.take<int32_t>(m * padded_n);
-
-  if (!library_matmul(a, b, m, padded_n, padded_k, result, library_workspace, as_stream(stream)))
-    return int8_matmul_reference(codes, weight, m, n, k, accumulators, stream);
-  if (direct) return;
-  launch(kName, unpad_kernel, grid_size(divide_up(m * n, kThreads), 32), kThreads, stream,
-         static_cast<const int32_t*>(result), padded_n, m, Divider(n), accumulators);
-}
-
-void int8_epilogue(const EpilogueArguments& a, void* stream) {
-  if (a.rows <= 0 || a.columns <= 0) return;
-  constexpr int V = 4;
-  const bool vectors = a.columns % V == 0 && is_aligned(a.accumulators, 16) &&
-                       (!a.weight_scale_per_column || is_aligned(a.weight_scale, 16)) &&
-                       is_aligned(a.bias, 16) && is_aligned(a.weight_sum, 16) &&
-                       is_aligned(a.output, 16);
-  with_element_type(a.output_type, [&]<typename T>(T*) {
-    if (vectors) {
-      run_epilogue<T, V>(a, stream);
-    } else {
-      run_epilogue<T, 1>(a, stream);
-    }
-  });
+  if (e.output_type == GemmOutput::i32)
+    return library_accumulators(codes, weight, m, n, k, static_cast<int32_t*>(e.output), scratch,
+                                stream);
+  int32_t* const accumulators = scratch.take<int32_t>(m * n);
+  library_accumulators(codes, weight, m, n, k, accumulators, scratch, stream);
+  epilogue(accumulators, e, stream);
 }
 
 }  // namespace vernier::cuda

@@ -1,0 +1,60 @@
+#include <vernier/kernels/error.h>
+#include <vernier/kernels/int8_gemm_choice.h>
+
+#include <algorithm>
+
+namespace vernier {
+namespace {
+
+constexpr GemmConfiguration kConfigurations[] = {
+    {"128x256_cluster2x1", 128, 256, 2, 1, 1}, {"128x128_cluster2x1", 128, 128, 2, 1, 1},
+    {"128x64_cluster1x2", 128, 64, 1, 2, 2},   {"64x64_cluster1x2", 64, 64, 1, 2, 2},
+    {"64x32_cluster1x2", 64, 32, 1, 2, 2},     {"64x16_cluster1x2", 64, 16, 1, 2, 2},
+};
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+GemmChoice estimate(int index, int64_t m, int64_t n, int64_t k, int multiprocessors) {
+  const GemmConfiguration& c = kConfigurations[index];
+  constexpr double kProducts = 4096;  // codes multiplied a cycle and multiprocessor
+  constexpr double kBytes = 24;       // loaded a cycle and multiprocessor when all load at once
+  constexpr double kStart = 2500;     // cycles of a launch: the pipeline fills
+  constexpr double kEpilogue = 0.1;   // cycles an output of a tile
+  constexpr double kExposed = 0.5;    // the part of it that the next tile's products do not hide
+  GemmChoice choice;
+  choice.index = index;
+  const int cluster = c.cluster_m * c.cluster_n;
+  choice.tiles = divide_up(m, int64_t{c.tile_m} * c.cluster_m) *
+                 divide_up(n, int64_t{c.tile_n} * c.cluster_n) * cluster;
+  const int64_t usable = std::max(multiprocessors / cluster * cluster, 1);
+  choice.rounds = divide_up(choice.tiles, usable);
+  const double depth = static_cast<double>(divide_up(k, 128) * 128);
+  const double products = double{1} * c.tile_m * c.tile_n * depth / kProducts;
+  const double loads =
+      (double{1} * c.tile_m / c.cluster_n + double{1} * c.tile_n / c.cluster_m) * depth / kBytes;
+  choice.cycles = kStart + static_cast<double>(choice.rounds) * std::max(products, loads) +
+                  kEpilogue * c.tile_m * c.tile_n * (1 + kExposed * (choice.rounds - 1));
+  return choice;
+}
+
+}  // namespace
+
+std::span<const GemmConfiguration> gemm_configurations() { return kConfigurations; }
+
+std::string GemmChoice::reason() const {
+  const GemmConfiguration& c = kConfigurations[index];
+  return concat(tiles, " tiles of ", c.tile_m, "x", c.tile_n, ": ", rounds,
+                rounds == 1 ? " round" : " rounds", ", about ", static_cast<int64_t>(cycles),
+                " cycles");
+}
+
+GemmChoice choose_configuration(int64_t m, int64_t n, int64_t k, int multiprocessors) {
+  GemmChoice best;
+  for (int i = 0; i < static_cast<int>(std::size(kConfigurations)); ++i) {
+    GemmChoice choice = estimate(i, m, n, k, multiprocessors);
+    if (i == 0 || choice.cycles < best.cycles) best = choice;
+  }
+  return best;
+}
+
+}  // namespace vernier
