@@ -24,16 +24,27 @@ namespace fs = std::filesystem;
   throw Error(concat(what, " ", path.string(), ": ", write_failure_reason(error)));
 }
 
-/// The absolute target without a trailing slash, a symbolic link at its end followed: a rename
-/// would replace the link and leave what it names as it was.
+/// As many symbolic links as Linux follows.
+constexpr int kMostLinks = 40;
+
+/// The absolute target without a trailing slash, a symbolic link at its end followed, also to what
+/// does not exist yet: a rename would replace the link and leave what it names as it was.
 fs::path resolved(const fs::path& target) {
   VERNIER_CHECK(!target.empty(), "an output path is empty; name a file or folder");
   fs::path path = fs::absolute(target).lexically_normal();
   if (path.filename().empty()) path = path.parent_path();
   std::error_code error;
-  if (fs::is_symlink(fs::symlink_status(path, error))) {
-    fs::path followed = fs::weakly_canonical(path, error);
-    if (!error) path = followed;
+  for (int links = 0; fs::is_symlink(fs::symlink_status(path, error)); ++links) {
+    VERNIER_CHECK(links < kMostLinks, "cannot write ", target.string(),
+                  ": its symbolic links lead to one another; remove them");
+    fs::path named = path.parent_path() / fs::read_symlink(path, error);
+    if (error) fail("cannot read the symbolic link", path, error.value());
+    if (named.filename().empty()) named = named.parent_path();
+    // A '..' goes up from where a folder is, not from where a link to it stands.
+    const fs::path folder = fs::weakly_canonical(named.parent_path(), error);
+    if (error) fail("cannot follow the symbolic link", path, error.value());
+    path = (folder / named.filename()).lexically_normal();
+    if (path.filename().empty()) path = path.parent_path();
   }
   VERNIER_CHECK(!path.filename().empty(), "cannot write to ", target.string(),
                 ": it is the root folder; name a file or folder inside it");

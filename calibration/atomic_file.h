@@ -21,7 +21,8 @@ namespace vernier {
 class AtomicFile {
  public:
   /// Creates the empty temporary, so that a target that cannot be written is found before the work
-  /// and not after it. A symbolic link is followed: the file it names is the one replaced.
+  /// and not after it. A symbolic link is followed: the file it names is the one replaced or
+  /// created.
   /// Throws Error when the folder is missing or not writable, or the target is a folder, a device
   /// or anything else that is no regular file.
   explicit AtomicFile(std::filesystem::path target);

@@ -164,6 +164,12 @@ DatasetInfo File::info(std::string_view path) const {
   return state_->open_dataset(path).info;
 }
 
+void File::check_claim(std::string_view path) const {
+  const Call call;
+  const OpenDataset opened = state_->open_dataset(path);
+  state_->check_size(path, opened, opened.info.size(), /*wanted_bytes=*/1);
+}
+
 template <typename T>
 std::vector<T> File::read(std::string_view path) const {
   const Call call;

@@ -99,6 +99,10 @@ class File {
   /// Element type and shape of a dataset. Throws Error when there is none at `path`.
   DatasetInfo info(std::string_view path) const;
 
+  /// Throws Error when the dataset's shape is more than its file can hold, as reading it does: what
+  /// is made ready for its contents then takes no memory for what is not there.
+  void check_claim(std::string_view path) const;
+
   /// The whole dataset, row-major. T is a fixed-width integer, float or double. Integers (and
   /// booleans) convert to integers and floats to floats; Error when the kinds differ, or when a
   /// value does not fit T. double to float rounds; float16 and bfloat16 read as float exactly.

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <tuple>
+#include <utility>
 
 namespace vernier {
 namespace {
@@ -21,6 +23,13 @@ void write_statistics(const ModelStatistics& statistics, hdf5::File& file) {
   file.set_attribute("/", "samples", statistics.samples);
   file.set_attribute("/", "first_sample", statistics.first_sample);
   file.set_attribute("/", "planned_samples", statistics.planned);
+  for (size_t i = 0; i < statistics.merged.size(); ++i) {
+    const std::string group = concat("ranges/", i);
+    file.create_group(group);
+    file.set_attribute(group, "data_fingerprint", statistics.merged[i].data);
+    file.set_attribute(group, "first_sample", statistics.merged[i].first);
+    file.set_attribute(group, "samples", statistics.merged[i].count);
+  }
   file.create_group("sites");
   for (const auto& [name, site] : statistics.sites) {
     const std::string group = "sites/" + name;
@@ -40,7 +49,60 @@ void write_statistics(const ModelStatistics& statistics, hdf5::File& file) {
   }
 }
 
+// The ranges in order, those that touch made one. Throws Error where two of the same data overlap;
+// of data that is not known nothing can be said.
+std::vector<SampleRange> united(std::vector<SampleRange> ranges) {
+  std::sort(ranges.begin(), ranges.end(), [](const SampleRange& a, const SampleRange& b) {
+    return std::tie(a.data, a.first, a.count) < std::tie(b.data, b.first, b.count);
+  });
+  std::vector<SampleRange> result;
+  for (const SampleRange& range : ranges) {
+    if (range.count == 0) continue;
+    if (result.empty() || result.back().data != range.data || range.data.empty()) {
+      result.push_back(range);
+      continue;
+    }
+    SampleRange& last = result.back();
+    const int64_t end = last.first + last.count;
+    VERNIER_CHECK(end <= range.first, "samples ", range.first, " to ",
+                  std::min(end, range.first + range.count) - 1, " of the data ", range.data,
+                  " are in both: merge runs that share no sample");
+    if (end == range.first) {
+      last.count += range.count;
+    } else {
+      result.push_back(range);
+    }
+  }
+  return result;
+}
+
+// The ranges of a merged file, as write_statistics leaves them.
+std::vector<SampleRange> read_ranges(const hdf5::File& file, const ModelStatistics& statistics) {
+  std::vector<SampleRange> ranges;
+  int64_t samples = 0, first = std::numeric_limits<int64_t>::max();
+  bool sound = true;
+  for (const std::string& name : file.children("ranges")) {
+    const std::string group = "ranges/" + name;
+    SampleRange range{file.attribute_string(group, "data_fingerprint"),
+                      file.attribute_int(group, "first_sample"),
+                      file.attribute_int(group, "samples")};
+    sound = sound && range.first >= 0 && range.count > 0 &&
+            range.count <= std::numeric_limits<int64_t>::max() - range.first &&
+            !__builtin_add_overflow(samples, range.count, &samples);
+    first = std::min(first, range.first);
+    ranges.push_back(std::move(range));
+  }
+  VERNIER_CHECK(sound && samples == statistics.samples && first == statistics.first_sample,
+                "the merged ranges contradict the sample counts; the file is damaged");
+  return united(std::move(ranges));
+}
+
 }  // namespace
+
+std::vector<SampleRange> ModelStatistics::ranges() const {
+  if (!merged.empty()) return merged;
+  return {{data, first_sample, samples}};
+}
 
 void ModelStatistics::merge(const ModelStatistics& other) {
   VERNIER_CHECK(fingerprint == other.fingerprint,
@@ -51,6 +113,9 @@ void ModelStatistics::merge(const ModelStatistics& other) {
                   run->planned, " samples: finish it with --resume before merging");
   VERNIER_CHECK(sites.size() == other.sites.size(), "the statistics cover ", sites.size(), " and ",
                 other.sites.size(), " layers: merge only runs over the same ones");
+  std::vector<SampleRange> both = ranges();
+  for (const SampleRange& range : other.ranges()) both.push_back(range);
+  both = united(std::move(both));
   auto sum = sites;  // whole or not at all
   for (const auto& [name, site] : other.sites) {
     const auto mine = sum.find(name);
@@ -63,6 +128,8 @@ void ModelStatistics::merge(const ModelStatistics& other) {
   first_sample = std::min(first_sample, other.first_sample);
   samples += other.samples;
   planned += other.planned;
+  merged.clear();
+  if (both.size() > 1) merged = std::move(both);
 }
 
 void save_statistics(const ModelStatistics& statistics, const std::filesystem::path& path) {
@@ -83,9 +150,18 @@ ModelStatistics load_statistics(const std::filesystem::path& path) {
   statistics.samples = file.attribute_int("/", "samples");
   statistics.first_sample = file.attribute_int("/", "first_sample");
   statistics.planned = file.attribute_int("/", "planned_samples");
-  VERNIER_CHECK(statistics.first_sample >= 0 && statistics.samples >= 0 &&
-                    statistics.samples <= statistics.planned,
-                path.string(), ": the sample counts contradict each other; the file is damaged");
+  VERNIER_CHECK(
+      statistics.first_sample >= 0 && statistics.samples >= 0 &&
+          statistics.samples <= statistics.planned &&
+          statistics.planned <= std::numeric_limits<int64_t>::max() - statistics.first_sample,
+      path.string(), ": the sample counts contradict each other; the file is damaged");
+  if (file.exists("ranges")) {
+    try {
+      statistics.merged = read_ranges(file, statistics);
+    } catch (const Error& error) {
+      throw Error(concat(path.string(), ": ", error.what()));
+    }
+  }
   for (const std::string& name : file.children("sites")) {
     const std::string group = "sites/" + name;
     const std::vector<int64_t> shape = file.info(group + "/counts").shape;

@@ -7,8 +7,18 @@
 #include <filesystem>
 #include <map>
 #include <string>
+#include <vector>
 
 namespace vernier {
+
+/// Samples [first, first + count) of one data file.
+struct SampleRange {
+  std::string data;  ///< the data file's fingerprint; "" where it is not known
+  int64_t first = 0;
+  int64_t count = 0;
+
+  bool operator==(const SampleRange&) const = default;
+};
 
 /// What one or several calibration runs saw. Everything a calibrator needs; the data is not needed
 /// again.
@@ -19,9 +29,15 @@ struct ModelStatistics {
   int64_t first_sample = 0;  ///< the first row of the data that belongs to this run
   int64_t planned = 0;       ///< samples the run was to see; samples < planned: it was interrupted
   std::map<std::string, SiteStatistics> sites;  ///< by layer: the values that enter it
+  /// After merging what is not one range of one data file: all that was seen, in order, ranges that
+  /// touch made one. Else empty.
+  std::vector<SampleRange> merged{};
+
+  /// What was seen: `merged`, or the one range that the fields above say.
+  std::vector<SampleRange> ranges() const;
 
   /// Adds another run over the same model. Throws Error when fingerprints, layers or channels
-  /// differ, or either run is not complete.
+  /// differ, either run is not complete, or both saw the same samples of the same data.
   void merge(const ModelStatistics& other);
 };
 

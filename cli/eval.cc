@@ -3,6 +3,7 @@
 #include <vernier/kernels/error.h>
 
 #include <chrono>
+#include <cmath>
 
 namespace vernier::cli {
 namespace {
@@ -30,15 +31,21 @@ int run(const Options& options) {
   VERNIER_CHECK(options.metric == "sqnr" || data.pairs(), "the metric ", options.metric,
                 " needs pairs: groups 'a' and 'b' in ", options.data);
 
-  const auto embed_in = [&](TextModel& which, Mode in_mode) {
+  const auto embed_in = [&](TextModel& which, Mode in_mode, const std::string& path) {
     which.to(device);
     set_mode(which, Mode::full);
     set_mode(which, in_mode);
     Progress progress("evaluating", data.size());
-    return embed(which, data, options.batch_size, [&](int64_t done) { progress.update(done); });
+    const torch::Tensor found =
+        embed(which, data, options.batch_size, [&](int64_t done) { progress.update(done); });
+    const int64_t broken = found.isfinite().all(1).logical_not().sum().item<int64_t>();
+    VERNIER_CHECK(broken == 0, path, " in mode ", to_string(in_mode),
+                  " gives NaN or infinite values for ", broken, " of ", data.size(),
+                  " samples: no metric can be computed");
+    return found;
   };
   const auto start = std::chrono::steady_clock::now();
-  const torch::Tensor embeddings = embed_in(*model, mode);
+  const torch::Tensor embeddings = embed_in(*model, mode, options.model);
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   double value = 0;
@@ -46,12 +53,15 @@ int run(const Options& options) {
     value = similarity_spearman(embeddings, data.scores());
   } else {
     const auto reference = load_text_model(options.reference);
-    const torch::Tensor exact = embed_in(*reference, Mode::full);
+    const torch::Tensor exact = embed_in(*reference, Mode::full, options.reference);
     VERNIER_CHECK(exact.sizes() == embeddings.sizes(), options.reference,
                   " gives embeddings of another size");
     value = options.metric == "sqnr" ? embedding_sqnr(embeddings, exact)
                                      : cosine_error(embeddings, exact);
   }
+  VERNIER_CHECK(!std::isnan(value), "the metric ", options.metric, " of ", options.model, " on ",
+                options.data, " is not a number: all scores, or all that they are held against, ",
+                "are equal");
   if (options.common.json) {
     nlohmann::ordered_json json;
     json["command"] = "eval";

@@ -150,9 +150,7 @@ nlohmann::ordered_json comparison_json(const Comparison& comparison, double tole
   json["accumulator_mismatches"] = report.total(&V::accumulator_mismatches);
   json["outputs"] = report.total(&V::outputs);
   json["outside_bound"] = report.total(&V::outside_bound);
-  double worst = 0;
-  for (const V& layer : report.layers) worst = std::max(worst, layer.worst_of_bound);
-  json["worst_of_bound"] = worst;
+  json["worst_of_bound"] = report.worst_of_bound();
   json["moved_codes"] = report.total(&V::moved_codes);
   json["moved_share"] = static_cast<double>(report.total(&V::moved_codes)) /
                         static_cast<double>(report.total(&V::codes));

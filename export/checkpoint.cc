@@ -209,6 +209,18 @@ Checkpoint Checkpoint::open(const std::filesystem::path& path) {
   return Checkpoint(std::move(file), std::move(info));
 }
 
+TensorShapes Checkpoint::tensor_shapes() const {
+  TensorShapes shapes;
+  const auto add = [&](const std::string& name, const std::string& dataset) {
+    file_.check_claim(dataset);
+    shapes.emplace(name, file_.info(dataset).shape);
+  };
+  for (const std::string& name : file_.children("layers"))
+    add(name + ".weight", "layers/" + name + "/weight_codes");
+  for (const std::string& name : file_.children("tensors")) add(name, "tensors/" + name);
+  return shapes;
+}
+
 void Checkpoint::load_into(torch::nn::Module& model) const {
   const torch::NoGradGuard no_grad;
   const std::string where = file_.path().string();

@@ -5,10 +5,16 @@
 #include <torch/nn/module.h>
 #include <vernier/calibration/hdf5.h>
 
+#include <cstdint>
 #include <filesystem>
+#include <map>
 #include <string>
+#include <vector>
 
 namespace vernier {
+
+/// Shapes of tensors by their names in the model.
+using TensorShapes = std::map<std::string, std::vector<int64_t>>;
 
 /// What a checkpoint says of its model besides the tensors.
 struct CheckpointInfo {
@@ -34,6 +40,10 @@ class Checkpoint {
 
   const CheckpointInfo& info() const { return info_; }
   const hdf5::File& file() const { return file_; }
+
+  /// Shapes of all tensors of the model, those of a quantized layer's codes as its weight's. Throws
+  /// Error when a layer has no codes, or a shape is more than the file can hold.
+  TensorShapes tensor_shapes() const;
 
   /// Fills a freshly built model, on the CPU, and leaves its layers calibrated in mode integer.
   /// Throws Error when tensors are missing, left over, or of another shape or dtype, or a scale is

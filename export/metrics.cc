@@ -51,6 +51,7 @@ double mean_absolute_error(const std::vector<double>& a, const std::vector<doubl
 }
 
 double sqnr_db(double signal, double noise) {
+  if (std::isnan(signal) || std::isnan(noise)) return std::numeric_limits<double>::quiet_NaN();
   return noise > 0 ? 10 * std::log10(signal / noise) : std::numeric_limits<double>::infinity();
 }
 

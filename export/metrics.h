@@ -13,7 +13,7 @@ double spearman(const std::vector<double>& a, const std::vector<double>& b);
 double mean_absolute_error(const std::vector<double>& a, const std::vector<double>& b);
 
 /// Signal to quantization noise ratio in dB: 10 log10(sum a^2 / sum (a - b)^2) of accumulated sums;
-/// infinite where there is no noise.
+/// infinite where there is no noise, NaN where either sum is.
 double sqnr_db(double signal, double noise);
 
 }  // namespace vernier

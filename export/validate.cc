@@ -1,7 +1,6 @@
 #include <vernier/export/validate.h>
 #include <vernier/kernels/error.h>
 
-#include <algorithm>
 #include <cmath>
 
 namespace vernier {
@@ -16,6 +15,9 @@ int64_t differing(const Tensor& a, const Tensor& b) { return a.ne(b).sum().item<
 Tensor centred_codes(const Tensor& fake_quantized, const Tensor& scale) {
   return fake_quantized.to(torch::kDouble).div(scale.to(torch::kDouble)).round();
 }
+
+// The larger of two, or NaN where one is: a maximum must not hide what is no number.
+double larger(double a, double b) { return std::isnan(a) || a > b ? a : b; }
 
 // A scale per row or one for all, as a column that broadcasts over [rows, channels].
 Tensor as_column(const Tensor& scale) { return scale.reshape({-1, 1}); }
@@ -40,6 +42,12 @@ int64_t ValidationReport::total(int64_t LayerValidation::*member) const {
   int64_t sum = 0;
   for (const LayerValidation& layer : layers) sum += layer.*member;
   return sum;
+}
+
+double ValidationReport::worst_of_bound() const {
+  double worst = 0;
+  for (const LayerValidation& layer : layers) worst = larger(worst, layer.worst_of_bound);
+  return worst;
 }
 
 double ValidationReport::relative_output_error() const {
@@ -121,7 +129,8 @@ void Validator::add(const std::function<Tensor()>& run) {
 
       const Tensor integer_y = layer.integer_forward(x).to(torch::kDouble);
       const Tensor fake_y = output.reshape({x.size(0), -1}).to(torch::kDouble);
-      const Tensor difference = (integer_y - fake_y).abs();
+      // Equal infinities, which half precision outputs can overflow to, do not differ.
+      const Tensor difference = (integer_y - fake_y).abs().masked_fill(integer_y.eq(fake_y), 0.0);
       // sum |x||w| in float32: a rounding of the bound itself, which the 8 spare roundings cover.
       const Tensor magnitude = fake.abs().to(torch::kFloat).mm(weight.abs().to(torch::kFloat).t());
       Tensor bound = magnitude * scale * layer.weight_quantizer->scale();
@@ -134,11 +143,11 @@ void Validator::add(const std::function<Tensor()>& run) {
             static_cast<double>(k + 8);
       bound = bound.to(torch::kDouble) * (static_cast<double>(k + 8) * unit);
       result.outputs += difference.numel();
-      result.outside_bound += difference.gt(bound).sum().item<int64_t>();
+      result.outside_bound += difference.le(bound).logical_not().sum().item<int64_t>();  // or NaN
       if (difference.numel() > 0) {
-        result.max_difference = std::max(result.max_difference, difference.max().item<double>());
+        result.max_difference = larger(result.max_difference, difference.max().item<double>());
         const Tensor share = difference / bound.clamp_min(1e-300);
-        result.worst_of_bound = std::max(result.worst_of_bound, share.max().item<double>());
+        result.worst_of_bound = larger(result.worst_of_bound, share.max().item<double>());
       }
 
       VERNIER_CHECK(calls[i] < integer_codes[i].size(), "layer '", layers_[i].name,
@@ -161,8 +170,8 @@ void Validator::add(const std::function<Tensor()>& run) {
   report_.output_noise += difference.square().sum().item<double>();
   if (expected.numel() > 0) {
     report_.max_output_difference =
-        std::max(report_.max_output_difference, difference.abs().max().item<double>());
-    report_.max_output = std::max(report_.max_output, expected.abs().max().item<double>());
+        larger(report_.max_output_difference, difference.abs().max().item<double>());
+    report_.max_output = larger(report_.max_output, expected.abs().max().item<double>());
   }
 }
 

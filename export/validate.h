@@ -25,9 +25,9 @@ struct LayerValidation {
   int64_t accumulator_mismatches = 0;  ///< of them different
 
   int64_t outputs = 0;        ///< layer outputs compared
-  int64_t outside_bound = 0;  ///< of them further apart than rounding explains
-  double worst_of_bound = 0;  ///< largest difference as a share of its bound
-  double max_difference = 0;  ///< largest difference
+  int64_t outside_bound = 0;  ///< of them further apart than rounding explains, or NaN
+  double worst_of_bound = 0;  ///< largest difference as a share of its bound; NaN where one was
+  double max_difference = 0;  ///< largest difference; NaN where one was
 
   int64_t moved_codes = 0;  ///< codes that differ between the two whole runs
 };
@@ -37,10 +37,12 @@ struct ValidationReport {
   int64_t runs = 0;
   double output_signal = 0;          ///< sum of squares of the fake-quant run's outputs
   double output_noise = 0;           ///< sum of squared differences of the integer run's
-  double max_output_difference = 0;  ///< largest difference of whole-run outputs
-  double max_output = 0;             ///< largest magnitude of the fake-quant run's outputs
+  double max_output_difference = 0;  ///< largest difference of whole-run outputs; NaN where one was
+  double max_output = 0;  ///< largest magnitude of the fake-quant run's outputs; NaN where one was
 
   int64_t total(int64_t LayerValidation::*member) const;
+  /// Of all layers; NaN where one layer's is.
+  double worst_of_bound() const;
   /// Whether nothing differs that must not: all codes, all accumulators, all outputs within their
   /// bounds, and the whole runs' outputs with a relative error sqrt(noise / signal) of at most
   /// `output_tolerance`.

@@ -190,7 +190,7 @@ int64_t max_int8_gemm_k(const Scheme& activations, const Scheme& weights) {
   };
   const int64_t limit =
       std::numeric_limits<int32_t>::max() / (largest(activations) * largest(weights));
-  return std::min(limit, kMaxInt8GemmK);
+  return std::min(limit, activations.symmetric ? kMaxInt8GemmK : kMaxInt8GemmKAsymmetric);
 }
 
 Tensor int8_matmul(const Tensor& codes, const Tensor& weight) {

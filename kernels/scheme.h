@@ -126,10 +126,11 @@ VERNIER_HOST_DEVICE inline bool passes_gradient(float x, float scale, int32_t ze
   return q >= static_cast<float>(qmin - zero_point) && q <= static_cast<float>(qmax - zero_point);
 }
 
-/// The largest K for which K products of two 8-bit codes, 127 * 127 each, fit an int32 sum.
-inline constexpr int64_t kMaxInt8GemmK = 133144;
+/// The largest K for which K products of any two int8 codes, at most 128 * 128 each, fit an int32
+/// sum. The kernels do not know whether a scheme excludes -128.
+inline constexpr int64_t kMaxInt8GemmK = 131071;
 /// The same where activation codes are asymmetric: |code - zero_point| <= 255 against |weight| <=
-/// 127.
-inline constexpr int64_t kMaxInt8GemmKAsymmetric = 66311;
+/// 128.
+inline constexpr int64_t kMaxInt8GemmKAsymmetric = 65793;
 
 }  // namespace vernier

@@ -64,6 +64,13 @@ void QuantizedLayer::set_weight_codes(const Tensor& codes) {
   weight_sum_ = weight_codes_.sum(1, /*keepdim=*/false, torch::kInt);
 }
 
+void QuantizedLayer::end_copy(const std::optional<torch::Device>& device) {
+  probe_ = nullptr;
+  if (!weight_codes_.defined()) return;
+  set_weight_codes(weight_codes_.to(device.value_or(weight_codes_.device()), torch::kChar,
+                                    /*non_blocking=*/false, /*copy=*/true));
+}
+
 void QuantizedLayer::load_weight_codes(const Tensor& codes) {
   Tensor& weight = float_weight();
   VERNIER_CHECK(codes.scalar_type() == torch::kChar && codes.sizes() == weight.sizes(),

@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -64,6 +65,9 @@ class QuantizedLayer {
     if (probe_) probe_(input, output);
   }
   const torch::Tensor& weight_sum() const { return weight_sum_; }
+  /// To be called on a copy: gives it codes of its own, on `device` where there is one, and takes
+  /// the probe off.
+  void end_copy(const std::optional<torch::Device>& device);
 
  private:
   void prepare_integer();

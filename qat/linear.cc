@@ -1,17 +1,60 @@
+#include <torch/nn/functional/linear.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/serialize/archive.h>
 #include <vernier/kernels/error.h>
 #include <vernier/kernels/int8_gemm.h>
 #include <vernier/qat/linear.h>
+
+#include <ostream>
+#include <utility>
 
 namespace vernier::nn {
 
 using torch::Tensor;
 
-LinearImpl::LinearImpl(const torch::nn::LinearOptions& linear_options)
-    : torch::nn::LinearImpl(linear_options) {
+LinearImpl::LinearImpl(const torch::nn::LinearOptions& linear_options) : options(linear_options) {
+  LinearImpl::reset();
+}
+
+void LinearImpl::reset() {
+  const torch::nn::Linear fresh(options);
+  weight = register_parameter("weight", fresh->weight);
+  bias = register_parameter("bias", fresh->bias, /*requires_grad=*/options.bias());
   input_quantizer = register_module("input_quantizer", Quantizer(QuantizerSettings{}));
   QuantizerSettings per_channel;
   per_channel.scheme = symmetric_scheme(8, Granularity::per_channel);
   weight_quantizer = register_module("weight_quantizer", Quantizer(per_channel));
+}
+
+std::shared_ptr<torch::nn::Module> LinearImpl::clone(
+    const std::optional<torch::Device>& device) const {
+  auto copy = std::static_pointer_cast<LinearImpl>(Cloneable::clone(device));
+  copy->end_copy(device);
+  return copy;
+}
+
+void LinearImpl::load(torch::serialize::InputArchive& archive) {
+  const Mode before = mode();
+  set_mode(Mode::full);
+  for (auto& parameter : named_parameters(/*recurse=*/false))
+    archive.read(parameter.key(), parameter.value());
+  bool calibrated = true;
+  for (const auto& [name, quantizer] : {std::pair("input_quantizer", input_quantizer.get()),
+                                        std::pair("weight_quantizer", weight_quantizer.get())}) {
+    torch::serialize::InputArchive saved;
+    if (archive.try_read(name, saved)) {
+      quantizer->load(saved);
+    } else {
+      quantizer->set_settings(QuantizerSettings(quantizer->settings()));
+    }
+    calibrated = calibrated && quantizer->calibrated();
+  }
+  if (calibrated || before == Mode::observe) set_mode(before);
+}
+
+void LinearImpl::pretty_print(std::ostream& stream) const {
+  stream << std::boolalpha << "vernier::nn::Linear(in_features=" << options.in_features()
+         << ", out_features=" << options.out_features() << ", bias=" << options.bias() << ")";
 }
 
 void LinearImpl::check_input(const Tensor& input) const {
@@ -26,7 +69,7 @@ Tensor LinearImpl::forward(const Tensor& input) {
       input_quantizer->observe(input);
       [[fallthrough]];
     case Mode::full:
-      output = torch::nn::LinearImpl::forward(input);
+      output = torch::nn::functional::linear(input, weight, bias);
       break;
     case Mode::fake_quant:
       check_input(input);

@@ -1,3 +1,4 @@
+#include <torch/serialize/archive.h>
 #include <vernier/kernels/error.h>
 #include <vernier/kernels/quantize.h>
 #include <vernier/qat/quantizer.h>
@@ -9,9 +10,58 @@ using torch::Tensor;
 QuantizerImpl::QuantizerImpl(const QuantizerSettings& settings, int64_t axis)
     : settings_(settings), axis_(axis) {
   settings_.scheme.check();
+  QuantizerImpl::reset();
+}
+
+void QuantizerImpl::reset() {
   // Empty until calibrated: a registered buffer can change its data but not become undefined.
   scale_ = register_buffer("scale", torch::empty({0}, torch::kFloat));
   zero_point_ = register_buffer("zero_point", torch::empty({0}, torch::kInt));
+  observer_ = std::make_shared<Observer>();
+}
+
+void QuantizerImpl::save(torch::serialize::OutputArchive& archive) const {
+  torch::nn::Module::save(archive);
+  const Scheme& scheme = settings_.scheme;
+  archive.write("bits", c10::IValue(int64_t{scheme.bits}));
+  archive.write("granularity", c10::IValue(to_string(scheme.granularity)));
+  archive.write("group_size", c10::IValue(scheme.group_size));
+  archive.write("symmetric", c10::IValue(scheme.symmetric));
+  archive.write("narrow_range", c10::IValue(scheme.narrow_range));
+  archive.write("dynamic", c10::IValue(scheme.dynamic));
+}
+
+void QuantizerImpl::load(torch::serialize::InputArchive& archive) {
+  QuantizerSettings settings = settings_;
+  Scheme& scheme = settings.scheme;
+  c10::IValue value;
+  if (archive.try_read("bits", value)) {  // older archives hold scales alone
+    const int64_t bits = value.toInt();
+    VERNIER_CHECK(bits >= 2 && bits <= 8, "the archive holds a quantizer of ", bits,
+                  " bits, not 2 to 8");
+    scheme.bits = static_cast<int>(bits);
+    const auto read = [&](const char* name) -> const c10::IValue& {
+      archive.read(name, value);
+      return value;
+    };
+    scheme.granularity = granularity_from_string(read("granularity").toStringRef());
+    scheme.group_size = read("group_size").toInt();
+    scheme.symmetric = read("symmetric").toBool();
+    scheme.narrow_range = read("narrow_range").toBool();
+    scheme.dynamic = read("dynamic").toBool();
+  }
+  Tensor scale, zero_point;
+  archive.read("scale", scale, /*is_buffer=*/true);
+  archive.read("zero_point", zero_point, /*is_buffer=*/true);
+  const bool asymmetric = zero_point.numel() > 0;
+  VERNIER_CHECK(
+      scheme.dynamic ? scale.numel() == 0 : scale.numel() > 0 && asymmetric == !scheme.symmetric,
+      "the archive's scale and zero point do not go with the scheme ", to_string(scheme));
+  const torch::Device device = scale_.device();
+  set_settings(settings);
+  if (scheme.dynamic) return;
+  set_scale(scale.to(device),
+            asymmetric ? std::optional<Tensor>(zero_point.to(device)) : std::nullopt);
 }
 
 void QuantizerImpl::to(torch::Device device, torch::Dtype, bool non_blocking) {

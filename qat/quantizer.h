@@ -1,7 +1,7 @@
 // A quantizer: a scheme, the scale it has learned or been given, and fake-quantization with it.
 #pragma once
 
-#include <torch/nn/module.h>
+#include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 #include <vernier/calibration/calibrators.h>
 #include <vernier/calibration/observer.h>
@@ -24,16 +24,24 @@ struct QuantizerSettings {
 /// sets it (dynamic schemes have none). Buffers: `scale` float32 and, for asymmetric schemes,
 /// `zero_point` int32, in number as the granularity says (kernels/quantize.h); they follow the
 /// module's device but keep their dtype.
-class QuantizerImpl : public torch::nn::Module {
+class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
  public:
   explicit QuantizerImpl(const QuantizerSettings& settings = {}, int64_t axis = 0);
+
+  /// Makes buffers and observer, empty; for the constructor and clone(), whose copy has settings
+  /// and scale but not what was observed.
+  void reset() override;
 
   using torch::nn::Module::to;
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
   void to(torch::Dtype dtype, bool non_blocking = false) override;
   /// An uncalibrated quantizer leaves no trace in archives, so that those of float models
   /// interchange with torch::nn's.
-  bool is_serializable() const override { return scale_.numel() > 0; }
+  bool is_serializable() const override { return calibrated(); }
+  /// Archives hold the scheme with the scale. Loading takes both over, whatever the scheme was, and
+  /// leaves the calibrator. Throws Error when they contradict each other.
+  void save(torch::serialize::OutputArchive& archive) const override;
+  void load(torch::serialize::InputArchive& archive) override;
 
   const Scheme& scheme() const { return settings_.scheme; }
   const QuantizerSettings& settings() const { return settings_; }

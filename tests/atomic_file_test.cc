@@ -97,6 +97,31 @@ TEST(AtomicFile, FollowsASymbolicLink) {
   EXPECT_EQ(read_bytes(folder / "there/real"), "new");
 }
 
+TEST(AtomicFile, FollowsSymbolicLinksToWhatDoesNotExistYet) {
+  TemporaryFolder folder;
+  fs::create_directories(folder / "there/deep");
+  fs::create_directory_symlink("there/deep", folder / "near");
+  fs::create_symlink("near/../new", folder / "link");  // there/new
+  fs::create_symlink(folder / "link", folder / "link to the link");
+  write_text_atomically(folder / "link to the link", "text");
+  EXPECT_TRUE(fs::is_symlink(folder / "link"));
+  EXPECT_TRUE(fs::is_symlink(folder / "link to the link"));
+  EXPECT_EQ(read_bytes(folder / "there/new"), "text");
+
+  fs::create_symlink("nowhere/new", folder / "astray");
+  EXPECT_CONTAINS(message_of([&] { AtomicFile file(folder / "astray"); }),
+                  "nowhere does not exist");
+  fs::create_symlink("round", folder / "about");
+  fs::create_symlink("about", folder / "round");
+  EXPECT_CONTAINS(message_of([&] { AtomicFile file(folder / "round"); }), "lead to one another");
+
+  fs::create_symlink("there/folder", folder / "to a folder");
+  AtomicFolder made(folder / "to a folder");
+  made.commit();
+  EXPECT_TRUE(fs::is_symlink(folder / "to a folder"));
+  EXPECT_TRUE(fs::is_directory(folder / "there/folder"));
+}
+
 TEST(AtomicFile, TakesARelativeAndALongName) {
   TemporaryFolder folder;
   const fs::path before = fs::current_path();

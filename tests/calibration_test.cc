@@ -493,10 +493,80 @@ TEST(StatisticsFile, MergeRefusesWhatDoesNotBelongTogether) {
       {[](auto& s) { s.sites["layer.0.query"].channels.resize(7); }, "5 and 7 channels"},
       {[](auto& s) { s.sites["unused"].histogram = Histogram(64); }, "4096 and 64"}};
   for (const auto& [change, part] : cases) {
-    ModelStatistics mine = run_over(0, 10), other = run_over(0, 10);
+    ModelStatistics mine = run_over(0, 10), other = run_over(10, 10);
     change(other);
     EXPECT_MESSAGE(mine.merge(other), part);
     EXPECT_NE(message_of([&] { other.merge(mine); }), "");
+  }
+}
+
+TEST(StatisticsFile, NoSampleIsCountedTwice) {
+  const TemporaryFolder folder;
+  const auto stored = [&](const ModelStatistics& statistics) {  // what a file keeps of them
+    save_statistics(statistics, folder / "s.h5");
+    return load_statistics(folder / "s.h5");
+  };
+  const auto sum_of = [&](ModelStatistics sum, const ModelStatistics& other) {
+    sum.merge(other);
+    return stored(sum);
+  };
+  const auto expect_apart = [&](const ModelStatistics& a, const ModelStatistics& b,
+                                const char* shared) {
+    for (const auto& [into, from] : {std::pair(a, b), std::pair(b, a)})
+      EXPECT_MESSAGE(sum_of(into, from), shared);
+  };
+  expect_apart(run_over(0, 10), run_over(0, 10), "samples 0 to 9 of the data data-1");
+  expect_apart(run_over(0, 10), run_over(9, 5), "samples 9 to 9 of the data data-1");
+  expect_apart(run_over(0, 64), run_over(3, 4), "samples 3 to 6 of the data data-1");
+  const ModelStatistics touching = sum_of(run_over(10, 10), run_over(0, 10));
+  expect_equal(touching, run_over(0, 20));
+  expect_apart(touching, run_over(5, 10), "samples 5 to 14");
+  const ModelStatistics gap = sum_of(run_over(40, 10), run_over(0, 10));
+  EXPECT_EQ(gap.merged, (std::vector<SampleRange>{{"data-1", 0, 10}, {"data-1", 40, 10}}));
+  expect_apart(gap, run_over(45, 1), "samples 45 to 45");
+  expect_equal(sum_of(gap, run_over(10, 30)), run_over(0, 50));
+
+  ModelStatistics other = run_over(0, 10);
+  other.data = "data-2";
+  const ModelStatistics both = sum_of(run_over(0, 10), other);
+  EXPECT_EQ(both.data, "");
+  EXPECT_EQ(both.samples, 20);
+  expect_apart(both, run_over(0, 10), "samples 0 to 9 of the data data-1");
+  expect_apart(both, other, "samples 0 to 9 of the data data-2");
+  EXPECT_EQ(sum_of(both, run_over(10, 5)).ranges(),
+            (std::vector<SampleRange>{{"data-1", 0, 15}, {"data-2", 0, 10}}));
+}
+
+TEST(StatisticsFile, MergedRangesThatContradictAreRefused) {
+  const TemporaryFolder folder;
+  const fs::path path = folder / "s.h5";
+  const auto write = [&](const std::vector<std::pair<int64_t, int64_t>>& ranges) {
+    hdf5::File file = hdf5::File::create(path);
+    file.set_attribute("/", "format", "vernier-statistics");
+    for (const char* name : {"model_fingerprint", "data_fingerprint"})
+      file.set_attribute("/", name, "x");
+    for (const char* name : {"version", "first_sample"}) file.set_attribute("/", name, 1);
+    for (const char* name : {"samples", "planned_samples"}) file.set_attribute("/", name, 4);
+    file.create_group("sites");
+    for (size_t i = 0; i < ranges.size(); ++i) {
+      const std::string group = "ranges/" + std::to_string(i);
+      file.create_group(group);
+      file.set_attribute(group, "data_fingerprint", "x");
+      file.set_attribute(group, "first_sample", ranges[i].first);
+      file.set_attribute(group, "samples", ranges[i].second);
+    }
+    file.close();
+  };
+  write({{1, 2}, {5, 2}});
+  EXPECT_EQ(load_statistics(path).ranges().size(), 2u);
+  write({});
+  EXPECT_EQ(load_statistics(path).ranges(), (std::vector<SampleRange>{{"x", 1, 4}}));
+  const std::vector<std::pair<int64_t, int64_t>> wrong[] = {
+      {{1, 2}, {5, 1}}, {{2, 2}, {5, 2}},  {{1, 5}, {7, -1}},
+      {{1, 2}, {2, 2}}, {{-1, 2}, {5, 2}}, {{1, 3}, {std::numeric_limits<int64_t>::max(), 1}}};
+  for (const auto& ranges : wrong) {
+    write(ranges);
+    EXPECT_MESSAGE(load_statistics(path), "s.h5");
   }
 }
 

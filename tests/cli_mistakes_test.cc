@@ -58,6 +58,10 @@ TEST_F(CliMistakes, InModels) {
                      path("tokens.h5"), "--out",   own("out.h5")};
   };
   const std::string shard = "model-00001-of-00001.safetensors";
+  NamedTensors large = random_tensors(tiny_config());
+  tensor_of(large, "embeddings.word_embeddings.weight") *= 1e38;
+  const std::string overflowing = path("overflowing");
+  write_bert(overflowing, tiny_config(), large);
   const std::string cut = file_of("cut.h5", read_bytes(path("model.h5")).substr(0, 5000));
   expect_all_refused({
       {"missing", calibrate_model(path("nowhere")), "nowhere does not exist"},
@@ -95,6 +99,11 @@ TEST_F(CliMistakes, InModels) {
        {"export", "--model", path("model.h5"), "--recipe", "w8a8-dynamic", "--out", own("o.h5")},
        "quantized already"},
       {"checkpoint cut short", eval(cut, "spearman"), "cut.h5"},
+      {"values that overflow", eval(overflowing, "spearman"),
+       "overflowing in mode float gives NaN"},
+      {"values that overflow in the reference",
+       eval(path("model.h5"), "sqnr", {"--reference", overflowing}),
+       "overflowing in mode float gives NaN"},
       {"folder to validate",
        {"validate", "--model", path("model"), "--data", path("pairs.h5")},
        "is a folder"},
@@ -155,6 +164,16 @@ TEST_F(CliMistakes, InData) {
 TEST_F(CliMistakes, InStatistics) {
   expect_done({"calibrate", "--model", path("other"), "--data", path("tokens.h5"), "--out",
                path("other.h5"), "--device", "cpu"});
+  Json heads = tiny_config();
+  heads["num_attention_heads"] = 4;
+  write_bert(path("heads"), heads, random_tensors(tiny_config()));
+  const auto share = [&](const std::string& name, const Arguments& range) {
+    expect_done(calibrate(path("tokens.h5"), path(name), range));
+    return path(name);
+  };
+  const std::string head = share("head.h5", {"--samples", "10"}),
+                    tail = share("tail.h5", {"--first", "20"}), sum = path("sum.h5");
+  expect_done({"calibrate", "--out", sum, "--merge", head, tail});
   const std::string out = own("out.h5");
   const std::string newer = path("newer.h5");
   write_hdf5(newer, [](hdf5::File& file) {
@@ -173,6 +192,15 @@ TEST_F(CliMistakes, InStatistics) {
       {"merged with another model's",
        {"calibrate", "--out", out, "--merge", path("stats.h5"), path("other.h5")},
        "different models"},
+      {"of the same weights in another configuration",
+       {"export", "--model", path("heads"), "--out", out, "--stats", path("stats.h5")},
+       "statistics of another model"},
+      {"merged with itself",
+       {"calibrate", "--out", out, "--merge", path("stats.h5"), path("stats.h5")},
+       "samples 0 to 39 of the data"},
+      {"merged with a part of it",
+       {"calibrate", "--out", out, "--merge", sum, tail},
+       "samples 20 to 39 of the data"},
       {"merged with a model",
        {"calibrate", "--out", out, "--model", path("model"), "--merge", path("stats.h5")},
        "it takes no --model"},

@@ -547,6 +547,16 @@ TEST_F(ExportTest, APerturbedOutputIsFound) {
   EXPECT_FALSE(report.passed(1e9));
 }
 
+TEST_F(ExportTest, ANaNOutputIsFound) {
+  const auto model = calibrated_chain();
+  model->first->fault = kNaN;
+  const ValidationReport report = validated(*model);
+  EXPECT_EQ(report.layers[0].outside_bound, 2);  // one a batch
+  EXPECT_TRUE(std::isnan(report.layers[0].max_difference));
+  EXPECT_TRUE(std::isnan(report.worst_of_bound()));
+  EXPECT_FALSE(report.passed(1e9));
+}
+
 TEST_F(ExportTest, CodesMovedUpstreamAreCounted) {
   const auto model = calibrated_chain();
   model->first->fault = 10;  // upsets the norm of the first row
@@ -680,6 +690,8 @@ TEST(MetricsTest, MeanAbsoluteErrorAndSqnr) {
   EXPECT_DOUBLE_EQ(sqnr_db(100, 1), 20);
   EXPECT_DOUBLE_EQ(sqnr_db(1, 10), -10);
   EXPECT_EQ(sqnr_db(1, 0), std::numeric_limits<double>::infinity());
+  EXPECT_TRUE(std::isnan(sqnr_db(1, kNaN)));
+  EXPECT_TRUE(std::isnan(sqnr_db(kNaN, 0)));
 }
 
 TEST(MetricsTest, SizesMustAgree) {

@@ -507,6 +507,10 @@ TEST(Hdf5, BoundsWhatIsAllocated) {
   EXPECT_CONTAINS(message_of([&] { file.read<int8_t>("chunk"); }), "claims chunks larger");
   EXPECT_CONTAINS(message_of([&] { file.read_text("text"); }), "can hold");
   EXPECT_EQ(file.read<int8_t>("ratio"), std::vector<int8_t>(1 << 20));
+  for (const char* name : {"contiguous", "chunked", "text"})
+    EXPECT_CONTAINS(message_of([&] { file.check_claim(name); }), "can hold");
+  EXPECT_CONTAINS(message_of([&] { file.check_claim("petabytes"); }), "more than the limit");
+  EXPECT_EQ(message_of([&] { file.check_claim("ratio"); }), "");
 
   Limits limits;
   limits.max_bytes = 1000;

@@ -423,18 +423,22 @@ TEST(Int8MatmulElsewhere, IsExactOnOlderCpus) {
 }
 
 TEST(Int8Limits, LargestK) {
-  EXPECT_EQ(max_int8_gemm_k(kInt8, kInt8), 133144);
-  EXPECT_EQ(max_int8_gemm_k(kInt8, kWide), 132104);
+  EXPECT_EQ(max_int8_gemm_k(kInt8, kInt8), 131071);
+  EXPECT_EQ(max_int8_gemm_k(kInt8, kWide), 131071);
   EXPECT_EQ(max_int8_gemm_k(kWide, kWide), 131071);
-  EXPECT_EQ(max_int8_gemm_k(kAsymmetric, kInt8), 66311);
-  EXPECT_EQ(max_int8_gemm_k(kInt4, kInt4), 133144);
-  const Tensor longer = at::zeros({1, 133145}, at::kChar), one = scalar(1);
-  EXPECT_CONTAINS(message_of([&] { int8_matmul(longer, longer); }), "K = 133145");
-  EXPECT_CONTAINS(message_of([&] { int8_matmul_reference(longer, longer); }), "K = 133145");
-  EXPECT_CONTAINS(message_of([&] { int8_linear(longer, longer, one, one, {}); }), "K = 133145");
-  const Tensor wide = at::zeros({1, 66312}, at::kChar), z = zero_point_of(3);
+  EXPECT_EQ(max_int8_gemm_k(kAsymmetric, kInt8), 65793);
+  EXPECT_EQ(max_int8_gemm_k(kInt4, kInt4), 131071);
+  const Tensor longer = at::zeros({1, 131072}, at::kChar), one = scalar(1);
+  EXPECT_CONTAINS(message_of([&] { int8_matmul(longer, longer); }), "K = 131072");
+  EXPECT_CONTAINS(message_of([&] { int8_matmul_reference(longer, longer); }), "K = 131072");
+  EXPECT_CONTAINS(message_of([&] { int8_linear(longer, longer, one, one, {}); }), "K = 131072");
+  const Tensor wide = at::zeros({1, 65794}, at::kChar), z = zero_point_of(3);
   EXPECT_NO_THROW(int8_linear(wide, wide, one, one, {}));
-  EXPECT_CONTAINS(message_of([&] { int8_linear(wide, wide, one, one, {}, z, z); }), "K = 66312");
+  EXPECT_CONTAINS(message_of([&] { int8_linear(wide, wide, one, one, {}, z, z); }), "K = 65794");
+  // The longest sum of the most extreme codes, which one more product would overflow.
+  const Tensor low = at::full({1, 131071}, -128, at::kChar);
+  EXPECT_EQ(int8_matmul(low, low).item<int64_t>(), int64_t{131071} * 128 * 128);
+  EXPECT_EQ(int8_matmul_reference(low, low).item<int64_t>(), int64_t{131071} * 128 * 128);
 }
 
 /// Operands of one linear layer; each bit of a variant switches a feature on.

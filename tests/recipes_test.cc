@@ -630,10 +630,17 @@ TEST_F(RecipesTest, WrongFoldersAreRefused) {
       {"uneven heads", field("num_attention_heads", 3), "num_attention_heads 3"},
       {"epsilon 0", field("layer_norm_eps", 0), "layer_norm_eps must be a positive number"},
       {"more layers than tensors", field("num_hidden_layers", 2),
-       "tensor 'encoder.layer.1.attention.self.query.weight' is missing"},
-      {"larger than the tensors", field("intermediate_size", 64), "but config.json asks for"},
+       "config.json: num_hidden_layers is 2 but there are tensors 'encoder.layer.N.*' of 1 layers"},
+      {"fewer layers than tensors",
+       [](Json&, NamedTensors& tensors) {
+         tensors.emplace_back("encoder.layer.1.attention.self.query.weight", torch::ones({16, 16}));
+       },
+       "num_hidden_layers is 1 but"},
+      {"larger than the tensors", field("intermediate_size", 64),
+       "intermediate_size is 64 but tensor 'encoder.layer.0.intermediate.dense.weight' has shape "
+       "[32, 16]"},
       {"missing tensor", [](Json&, NamedTensors& tensors) { tensors.erase(tensors.begin() + 7); },
-       "is missing from the safetensors files"},
+       "' is missing"},
       {"tensor left over",
        [](Json&, NamedTensors& tensors) { tensors.emplace_back("extra", torch::ones({1})); },
        "tensor 'extra' has no place in a BertModel"},
@@ -657,6 +664,29 @@ TEST_F(RecipesTest, WrongFoldersAreRefused) {
     const std::string message = message_of([&] { load_text_model(folder_ / "bad"); });
     EXPECT_CONTAINS(message, part);
     EXPECT_CONTAINS(message, (folder_ / "bad").string());
+  }
+}
+
+// Sizes for which a model would fill any memory, had it been built.
+TEST_F(RecipesTest, EnormousSizesAreRefusedBeforeTheyAreTaken) {
+  const TextModelPointer model = tiny_bert();
+  apply_recipe(*model, load_recipe("w8a8-dynamic"));
+  calibrate_layers(*model, {});
+  const fs::path folder = folder_ / "enormous", checkpoint = folder_ / "enormous.h5";
+  for (const char* key : {"vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size",
+                          "max_position_embeddings", "type_vocab_size"}) {
+    SCOPED_TRACE(key);
+    Json config = tiny_config();
+    config[key] = int64_t{1} << 31;
+    const std::string found = std::string(key) + " is 2147483648 but ";
+    write_bert(folder, config, random_tensors(tiny_config()));
+    const std::string message = message_of([&] { load_text_model(folder); });
+    EXPECT_CONTAINS(message, (folder / "config.json").string() + ": " + found);
+    CheckpointInfo info = model->info;
+    info.config = config.dump();
+    save_checkpoint(*model, info, checkpoint);
+    EXPECT_CONTAINS(message_of([&] { load_text_model(checkpoint); }),
+                    checkpoint.string() + ": " + found);
   }
 }
 
@@ -689,6 +719,20 @@ TEST_F(RecipesTest, EqualModelsHaveOneFingerprintHoweverStored) {
   const std::string expected = tiny_bert()->info.fingerprint;
   EXPECT_EQ(expected.size(), 16u);
   EXPECT_NE(tiny_bert(2)->info.fingerprint, expected);
+
+  Json config = tiny_config();  // the same by other words, and by what the model does not use
+  config["layer_norm_eps"] = 1e-12;
+  config["transformers_version"] = "4.0.0";
+  write_bert(folder_ / "worded", config, tensors);
+  EXPECT_EQ(load_text_model(folder_ / "worded")->info.fingerprint, expected);
+  const std::pair<const char*, Json> settings[] = {
+      {"num_attention_heads", 4}, {"layer_norm_eps", 1e-5}, {"hidden_act", "gelu_new"}};
+  for (const auto& [key, value] : settings) {
+    Json other = tiny_config();
+    other[key] = value;
+    write_bert(folder_ / "other", other, tensors);
+    EXPECT_NE(load_text_model(folder_ / "other")->info.fingerprint, expected) << key;
+  }
 
   NamedTensors prefixed;  // as a task model stores them, with its head
   for (const auto& [name, tensor] : tensors) prefixed.emplace_back("bert." + name, tensor);

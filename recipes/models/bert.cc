@@ -8,6 +8,10 @@
 #include <vernier/recipes/models/config.h>
 #include <nlohmann/json.hpp>
 
+#include <set>
+#include <string>
+#include <vector>
+
 namespace vernier {
 namespace {
 
@@ -39,6 +43,24 @@ BertConfig read_config(const nlohmann::json& json) {
   VERNIER_CHECK(result.hidden % result.heads == 0, "hidden_size ", result.hidden,
                 " is not a multiple of num_attention_heads ", result.heads);
   return result;
+}
+
+// One dimension of a tensor and the field that says it.
+struct Dimension {
+  const char* field;
+  int64_t size;
+};
+
+void check_shape(const TensorShapes& shapes, const std::string& name,
+                 const std::vector<Dimension>& dimensions) {
+  const auto found = shapes.find(name);
+  VERNIER_CHECK(found != shapes.end(), "tensor '", name, "' is missing");
+  const std::vector<int64_t>& shape = found->second;
+  VERNIER_CHECK(shape.size() == dimensions.size(), "tensor '", name, "' has shape ",
+                at::IntArrayRef(shape), ": it needs ", dimensions.size(), " dimensions");
+  for (size_t i = 0; i < shape.size(); ++i)
+    VERNIER_CHECK(shape[i] == dimensions[i].size, dimensions[i].field, " is ", dimensions[i].size,
+                  " but tensor '", name, "' has shape ", at::IntArrayRef(shape));
 }
 
 torch::nn::LayerNorm layer_norm(const BertConfig& config) {
@@ -163,6 +185,12 @@ class Bert : public TextModel {
                   " tokens is longer than the model's ", config_.positions, " positions");
     return encoder_->forward(embeddings_->forward(batch), batch);
   }
+  std::string settings() const override {
+    return nlohmann::json{{"num_attention_heads", config_.heads},
+                          {"layer_norm_eps", config_.epsilon},
+                          {"hidden_act", config_.tanh_gelu ? "gelu_tanh" : "gelu"}}
+        .dump();
+  }
   int64_t vocabulary() const override { return config_.vocabulary; }
   int64_t max_length() const override { return config_.positions; }
 
@@ -173,6 +201,46 @@ class Bert : public TextModel {
 };
 
 }  // namespace
+
+void check_bert(const nlohmann::json& json, const TensorShapes& shapes) {
+  const BertConfig config = read_config(json);
+  const Dimension vocabulary{"vocab_size", config.vocabulary}, hidden{"hidden_size", config.hidden},
+      positions{"max_position_embeddings", config.positions},
+      types{"type_vocab_size", config.types},
+      intermediate{"intermediate_size", config.intermediate};
+  const auto check_norm = [&](const std::string& name) {
+    check_shape(shapes, name + ".weight", {hidden});
+    check_shape(shapes, name + ".bias", {hidden});
+  };
+  const auto check_linear = [&](const std::string& name, const Dimension& out,
+                                const Dimension& in) {
+    check_shape(shapes, name + ".weight", {out, in});
+    check_shape(shapes, name + ".bias", {out});
+  };
+  check_shape(shapes, "embeddings.word_embeddings.weight", {vocabulary, hidden});
+  check_shape(shapes, "embeddings.position_embeddings.weight", {positions, hidden});
+  check_shape(shapes, "embeddings.token_type_embeddings.weight", {types, hidden});
+  check_norm("embeddings.LayerNorm");
+
+  const std::string prefix = "encoder.layer.";
+  std::set<std::string> stored;  // numbers of layers
+  for (const auto& [name, shape] : shapes)
+    if (name.starts_with(prefix))
+      stored.insert(name.substr(prefix.size(), name.find('.', prefix.size()) - prefix.size()));
+  VERNIER_CHECK(config.layers == static_cast<int64_t>(stored.size()), "num_hidden_layers is ",
+                config.layers, " but there are tensors '", prefix, "N.*' of ", stored.size(),
+                " layers");
+  for (int64_t i = 0; i < config.layers; ++i) {
+    const std::string layer = concat(prefix, i);
+    for (const char* name : {".attention.self.query", ".attention.self.key",
+                             ".attention.self.value", ".attention.output.dense"})
+      check_linear(layer + name, hidden, hidden);
+    check_norm(layer + ".attention.output.LayerNorm");
+    check_linear(layer + ".intermediate.dense", intermediate, hidden);
+    check_linear(layer + ".output.dense", hidden, intermediate);
+    check_norm(layer + ".output.LayerNorm");
+  }
+}
 
 std::shared_ptr<TextModel> make_bert(const nlohmann::json& config) {
   return std::make_shared<Bert>(read_config(config));

@@ -11,4 +11,9 @@ namespace vernier {
 /// it does not implement.
 std::shared_ptr<TextModel> make_bert(const nlohmann::json& config);
 
+/// Holds the configuration's sizes against the shapes of a BertModel's tensors, before a model is
+/// made of it. Throws Error, naming field and tensor, where they contradict each other or a tensor
+/// is missing.
+void check_bert(const nlohmann::json& config, const TensorShapes& shapes);
+
 }  // namespace vernier

@@ -21,6 +21,7 @@ namespace fs = std::filesystem;
 struct Family {
   const char* architecture;
   std::shared_ptr<TextModel> (*make)(const nlohmann::json&);
+  void (*check)(const nlohmann::json&, const TensorShapes&);
   const char* prefix;               // what task heads put before the names of the bare model
   std::vector<const char*> unused;  // beginnings of names that the model does not need
 };
@@ -29,6 +30,7 @@ const std::array<Family, 1>& families() {
   static const std::array<Family, 1> all = {{
       {"BertModel",
        make_bert,
+       check_bert,
        "bert.",
        {"pooler.", "embeddings.position_ids", "cls.", "classifier."}},
   }};
@@ -45,7 +47,10 @@ const Family& family_of(const std::string& architecture, const std::string& wher
                      "' is not supported; supported are: ", known));
 }
 
-std::shared_ptr<TextModel> make_model(const CheckpointInfo& info, const std::string& where) {
+// Builds the model of a configuration, whose sizes are first held against the tensors that are
+// there: it then takes no more memory than they say.
+std::shared_ptr<TextModel> make_model(const CheckpointInfo& info, const TensorShapes& shapes,
+                                      const std::string& where) {
   nlohmann::json config;
   try {
     config = nlohmann::json::parse(info.config);
@@ -55,6 +60,7 @@ std::shared_ptr<TextModel> make_model(const CheckpointInfo& info, const std::str
   const Family& family = family_of(info.architecture, where);
   std::shared_ptr<TextModel> model;
   try {
+    family.check(config, shapes);
     model = family.make(config);
   } catch (const Error& error) {
     throw Error(concat(where, ": ", error.what()));
@@ -91,14 +97,17 @@ std::shared_ptr<TextModel> load_folder(const fs::path& folder) {
                 config_path.string(), " names no single architecture in 'architectures'");
   info.architecture = names->front().get<std::string>();
   const Family& family = family_of(info.architecture, config_path.string());
-  auto model = make_model(info, config_path.string());
-
   const SafetensorsFolder weights = SafetensorsFolder::open(folder);
   std::map<std::string, std::string> stored_name;  // by the bare model's name
-  for (const std::string& name : weights.names())
-    stored_name.emplace(
+  TensorShapes shapes;
+  for (const std::string& name : weights.names()) {
+    const auto [item, added] = stored_name.emplace(
         name.starts_with(family.prefix) ? name.substr(std::string(family.prefix).size()) : name,
         name);
+    if (added) shapes.emplace(item->first, weights.info(name).shape);
+  }
+  auto model = make_model(info, shapes, config_path.string());
+
   const torch::NoGradGuard no_grad;
   for (auto& item : model->named_parameters()) {
     const auto found = stored_name.find(item.key());
@@ -138,12 +147,12 @@ std::shared_ptr<TextModel> load_text_model(const fs::path& path) {
                 " does not exist: give a Hugging Face folder or a vernier checkpoint");
   if (fs::is_directory(path)) return load_folder(path);
   const Checkpoint checkpoint = Checkpoint::open(path);
-  auto model = make_model(checkpoint.info(), path.string());
+  auto model = make_model(checkpoint.info(), checkpoint.tensor_shapes(), path.string());
   checkpoint.load_into(*model);
   return model;
 }
 
-std::string fingerprint_of(const torch::nn::Module& model) {
+std::string fingerprint_of(const TextModel& model) {
   // FNV-1a, eight bytes at a time: against mistakes, not against forgery.
   uint64_t hash = 0xcbf29ce484222325u;
   const auto mix = [&](uint64_t word) { hash = (hash ^ word) * 0x100000001b3u; };
@@ -157,6 +166,8 @@ std::string fingerprint_of(const torch::nn::Module& model) {
     }
     for (; i < count; ++i) mix(static_cast<unsigned char>(bytes[i]));
   };
+  const std::string settings = model.settings();
+  mix_bytes(settings.data(), settings.size());
   for (const auto& item : model.named_parameters()) {
     mix_bytes(item.key().data(), item.key().size());
     for (const int64_t size : item.value().sizes()) mix(static_cast<uint64_t>(size));

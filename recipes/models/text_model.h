@@ -31,6 +31,9 @@ class TextModel : public torch::nn::Module {
   virtual int64_t vocabulary() const = 0;
   /// The longest sequence it takes.
   virtual int64_t max_length() const = 0;
+  /// What of the configuration changes the result but shows in no parameter, in one form whatever
+  /// the configuration's own: part of the fingerprint.
+  virtual std::string settings() const = 0;
 
   CheckpointInfo info;  ///< architecture, configuration, fingerprint
 };
@@ -40,13 +43,14 @@ torch::Tensor mean_pooling(const torch::Tensor& hidden, const TokenBatch& batch)
 
 /// Loads a Hugging Face folder (config.json, safetensors; in full precision, float32) or a vernier
 /// checkpoint (in mode integer). Throws Error when files are missing or damaged, the architecture
-/// is not known (names the known ones), a configuration field is not implemented, tensors are
-/// missing, left over, of the wrong shape, or hold NaN or Inf.
+/// is not known (names the known ones), a configuration field is not implemented or contradicts the
+/// tensors' shapes (before memory is taken for them), tensors are missing, left over, of the wrong
+/// shape, or hold NaN or Inf.
 std::shared_ptr<TextModel> load_text_model(const std::filesystem::path& path);
 
-/// Hash of names, shapes and bytes of all parameters: the same model has the same fingerprint
-/// wherever it is loaded.
-std::string fingerprint_of(const torch::nn::Module& model);
+/// Hash of the settings and of names, shapes and bytes of all parameters: the same model has the
+/// same fingerprint wherever it is loaded.
+std::string fingerprint_of(const TextModel& model);
 
 /// Attention over packed sequences: query, key, value [total, heads * head_size] each to [total,
 /// heads * head_size], every token to all of its own sequence.
