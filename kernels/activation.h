@@ -1,0 +1,46 @@
+// The activation functions by name. Host and device code share this header.
+#pragma once
+
+#include <vernier/kernels/math_functions.h>
+
+#include <string>
+
+namespace vernier {
+
+enum class Activation { relu, gelu, gelu_tanh, silu };
+
+std::string to_string(Activation activation);
+/// Throws Error for an unknown name.
+Activation activation_from_string(const std::string& name);
+
+/// The function of math_functions.h that an activation names.
+VERNIER_HOST_DEVICE inline float activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::relu:
+      return relu(x);
+    case Activation::gelu:
+      return gelu(x);
+    case Activation::gelu_tanh:
+      return gelu_tanh(x);
+    case Activation::silu:
+      break;
+  }
+  return silu(x);
+}
+
+/// Calls f.template operator()<activation>(): a run-time choice among instantiations.
+template <typename F>
+void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::relu:
+      return f.template operator()<Activation::relu>();
+    case Activation::gelu:
+      return f.template operator()<Activation::gelu>();
+    case Activation::gelu_tanh:
+      return f.template operator()<Activation::gelu_tanh>();
+    case Activation::silu:
+      return f.template operator()<Activation::silu>();
+  }
+}
+
+}  // namespace vernier
