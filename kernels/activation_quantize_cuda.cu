@@ -19,9 +19,6 @@ __device__ void activate_chunk(const ActivationQuantizeArguments& a, Activation 
   if constexpr (!kWhole) clear_behind(a.codes.columns - column, x);
 }
 
-/// Threads of a multiprocessor, whose registers have to suffice for as many.
-constexpr int resident_threads(int chunks) { return chunks <= 4 ? 768 : 512; }
-
 // A row of up to kGroup * kChunks whole chunks.
 template <typename T, Activation kActivation, int kGroup, int kChunks>
 __global__ void __launch_bounds__(resident_threads(kChunks))
@@ -41,6 +38,7 @@ __global__ void __launch_bounds__(resident_threads(kChunks))
   const int code_chunks = static_cast<int>(code_chunks_of(r));
   constexpr int kStep = kGroup * kChunk;
   const int first_column = RowGroup::thread() * kChunk;
+  const int left = static_cast<int>(r.columns) - first_column;
   const auto has = [&](int u) { return RowGroup::thread() + u * kGroup < chunks; };
   const auto fetch = [&](int u, int64_t first) {
     next_input.start(u, input + first + u * kStep);
@@ -58,7 +56,6 @@ __global__ void __launch_bounds__(resident_threads(kChunks))
   for (; row < r.rows; row += stride) {
     const int64_t first = row * r.columns + first_column;
     next += stride * a.row_stride;
-    const bool last = row + stride >= r.rows;
     Chunk x[kChunks];
     RowPrefetch::wait();
 #pragma unroll
@@ -67,7 +64,7 @@ __global__ void __launch_bounds__(resident_threads(kChunks))
       Chunk gates = {};
       next_input.read(u, x[u]);
       if (up) next_up.read(u, gates);
-      if (!last) fetch(u, next);
+      if (row + stride < r.rows) fetch(u, next);
       activate_chunk<T, true>(a, kActivation, gates, first + u * kStep, first_column + u * kStep,
                               x[u]);
     }
@@ -80,8 +77,7 @@ __global__ void __launch_bounds__(resident_threads(kChunks))
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
       if (RowGroup::thread() + u * kGroup < code_chunks)
-        store_codes<true>(r, target, r.columns - first_column - u * kStep,
-                          has(u) ? codes(x[u]) : uint2{0, 0});
+        store_codes<true>(r, target, left - u * kStep, has(u) ? codes(x[u]) : uint2{0, 0});
       target += target_step;
     }
   }

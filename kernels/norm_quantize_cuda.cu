@@ -65,9 +65,6 @@ __device__ inline float reciprocal_root(float sum_of_squares, float inverse_colu
   return result;
 }
 
-/// Threads of a multiprocessor, whose registers have to suffice for as many.
-constexpr int resident_threads(int chunks) { return chunks <= 4 ? 768 : 512; }
-
 // A row of up to kGroup * kChunks chunks.
 template <typename T, int kGroup, int kChunks, bool kWhole>
 __global__ void __launch_bounds__(resident_threads(kChunks))
@@ -90,6 +87,7 @@ __global__ void __launch_bounds__(resident_threads(kChunks))
   // Of the thread's chunks: number, and first column.
   constexpr int kStep = kGroup * kChunk;
   const int first_column = RowGroup::thread() * kChunk;
+  const auto left = [&](int u) { return static_cast<int>(r.columns) - first_column - u * kStep; };
   const auto has = [&](int u) { return RowGroup::thread() + u * kGroup < chunks; };
   const auto fetch = [&](int64_t row) {
     if constexpr (kWhole) {
@@ -110,7 +108,6 @@ __global__ void __launch_bounds__(resident_threads(kChunks))
   if (row < r.rows) fetch(row);
   for (; row < r.rows; row += stride) {
     const int64_t first = row * r.columns + first_column;
-    const auto left = [&](int u) { return r.columns - first_column - u * kStep; };
     Chunk x[kChunks];
     if constexpr (kWhole) RowPrefetch::wait();
 #pragma unroll

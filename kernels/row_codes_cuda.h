@@ -183,6 +183,10 @@ __device__ void finish_values(const RowCodes& r, int64_t element, int64_t column
   }
 }
 
+/// Threads of a multiprocessor, whose registers have to suffice for as many that keep `chunks`
+/// chunks each.
+constexpr int resident_threads(int chunks) { return chunks <= 4 ? 768 : 512; }
+
 // ---- Groups of threads --------------------------------------------------------------------------
 
 /// kGroup consecutive threads that take a row together: a warp of a block of several, or the whole
@@ -190,15 +194,14 @@ __device__ void finish_values(const RowCodes& r, int64_t element, int64_t column
 template <int kGroup>
 class Group {
  public:
-  static constexpr int kBlock = std::max(kGroup, 128);  ///< threads of a block
-  static constexpr int kRows = kBlock / kGroup;         ///< groups of a block
+  static constexpr int kBlock = kGroup == kWarp ? 4 * kWarp : kGroup;  ///< threads of a block
+  static constexpr int kRows = kBlock / kGroup;                        ///< groups of a block
   static constexpr int kWarps = kGroup / kWarp;
-  static_assert(kGroup == kWarp || kRows == 1 || kGroup == 64, "barriers are those of the block");
 
   /// Where the warps of a group meet: written and read in turns, so that one barrier separates a
   /// value from its readers and the next value from the readers of this one.
   struct Memory {
-    uint32_t values[2][kRows][kGroup > kWarp ? kGroup : 1];
+    uint32_t values[2][kGroup];
   };
 
   __device__ explicit Group(Memory& memory) : memory_(memory) {}
@@ -212,7 +215,7 @@ class Group {
     if constexpr (kGroup > kWarp) {
       uint32_t* const meeting = turn();
       if (threadIdx.x % kWarp == 0) meeting[thread() / kWarp] = value;
-      barrier();
+      __syncthreads();
       value = meeting[0];
 #pragma unroll
       for (int w = 1; w < kWarps; ++w) value = ::max(value, meeting[w]);
@@ -220,8 +223,8 @@ class Group {
     return value;
   }
 
-  /// The sum of kLanes partial sums, lane thread() + k * kGroup in lanes[k], halved by halved: i
-  /// takes in i + kLanes / 2, then i + kLanes / 4, to i + 1.
+  /// The sum of N = kPerThread * kGroup partial sums, number thread() + k * kGroup in lanes[k]: i
+  /// takes in i + N / 2, then i + N / 4, to i + 1.
   template <int kPerThread>
   __device__ float sum(float (&lanes)[kPerThread]) {
 #pragma unroll
@@ -232,7 +235,7 @@ class Group {
     if constexpr (kGroup > kWarp) {
       uint32_t* const meeting = turn();
       meeting[thread()] = __float_as_uint(value);
-      barrier();
+      __syncthreads();
       // Every warp for itself, which saves the way back.
       float parts[kWarps];
 #pragma unroll
@@ -253,14 +256,7 @@ class Group {
  private:
   __device__ uint32_t* turn() {
     turn_ ^= 1;
-    return memory_.values[turn_][index()];
-  }
-  __device__ static void barrier() {
-    if constexpr (kRows == 1) {
-      __syncthreads();
-    } else {
-      asm volatile("barrier.sync %0, %1;" ::"r"(index() + 1), "n"(kGroup) : "memory");
-    }
+    return memory_.values[turn_];
   }
 
   Memory& memory_;
