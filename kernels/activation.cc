@@ -1,32 +1,25 @@
 #include <vernier/kernels/activation.h>
 #include <vernier/kernels/error.h>
 
+#include <algorithm>
 #include <array>
-#include <utility>
 
 namespace vernier {
 namespace {
 
-constexpr std::array<std::pair<Activation, const char*>, 5> kNames = {{
-    {Activation::none, "none"},
-    {Activation::relu, "relu"},
-    {Activation::gelu, "gelu"},
-    {Activation::gelu_tanh, "gelu_tanh"},
-    {Activation::silu, "silu"},
-}};
+constexpr std::array<const char*, 5> kActivationNames = {"none", "relu", "gelu", "gelu_tanh", "silu"};
 
 }  // namespace
 
 std::string to_string(Activation activation) {
-  for (const auto& [value, name] : kNames)
-    if (value == activation) return name;
-  return "unknown";
+  return kActivationNames[static_cast<size_t>(activation)];
 }
 
-Activation activation_from_string(std::string_view name) {
-  for (const auto& [value, known] : kNames)
-    if (name == known) return value;
-  throw Error(concat("unknown activation \"", name, "\": use none, relu, gelu, gelu_tanh or silu"));
+Activation activation_from_string(const std::string& name) {
+  const auto found = std::find(kActivationNames.begin(), kActivationNames.end(), name);
+  VERNIER_CHECK(found != kActivationNames.end(), "unknown activation '", name,
+                "': use none, relu, gelu, gelu_tanh or silu");
+  return static_cast<Activation>(found - kActivationNames.begin());
 }
 
 }  // namespace vernier

@@ -1,29 +1,20 @@
-// The activation functions that kernels fuse, by name; the functions themselves are in
-// math_functions.h.
+// The activation functions by name. Host and device code share this header.
 #pragma once
 
 #include <vernier/kernels/math_functions.h>
 
 #include <string>
-#include <string_view>
 
 namespace vernier {
 
 /// What is applied to a value before it is written or quantized.
-enum class Activation {
-  none,
-  relu,
-  gelu,       ///< x Phi(x), torch's gelu(approximate="none")
-  gelu_tanh,  ///< torch's gelu(approximate="tanh")
-  silu
-};
+enum class Activation { none, relu, gelu, gelu_tanh, silu };
 
-/// "none", "relu", "gelu", "gelu_tanh", "silu".
 std::string to_string(Activation activation);
 /// Throws Error for an unknown name.
-Activation activation_from_string(std::string_view name);
+Activation activation_from_string(const std::string& name);
 
-/// The same bits on the CPU and the GPU.
+/// The function of math_functions.h that an activation names.
 VERNIER_HOST_DEVICE inline float activate(Activation activation, float x) {
   switch (activation) {
     case Activation::relu:
@@ -38,6 +29,23 @@ VERNIER_HOST_DEVICE inline float activate(Activation activation, float x) {
       break;
   }
   return x;
+}
+
+/// Calls f.template operator()<activation>(): a run-time choice among instantiations.
+template <typename F>
+void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::none:
+      return f.template operator()<Activation::none>();
+    case Activation::relu:
+      return f.template operator()<Activation::relu>();
+    case Activation::gelu:
+      return f.template operator()<Activation::gelu>();
+    case Activation::gelu_tanh:
+      return f.template operator()<Activation::gelu_tanh>();
+    case Activation::silu:
+      return f.template operator()<Activation::silu>();
+  }
 }
 
 }  // namespace vernier

@@ -29,15 +29,27 @@ inline void check(cudaError_t status, const char* what) {
 
 inline cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
-/// Enqueues kernel<<<grid, block, 0, stream>>>(arguments...). Throws Error when the launch fails.
+/// Enqueues kernel<<<grid, block, memory, stream>>>(arguments...). Throws Error when the launch
+/// fails.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
-            Arguments&&... arguments) {
+void launch_with_memory(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                        int memory, void* stream, Arguments&&... arguments) {
+  constexpr int kWithoutAsking = 48 * 1024;
+  if (memory > kWithoutAsking)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory), what);
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = memory;
   config.stream = as_stream(stream);
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
+}
+
+/// The same without dynamic shared memory.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
+            Arguments&&... arguments) {
+  launch_with_memory(what, kernel, grid, block, 0, stream, std::forward<Arguments>(arguments)...);
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
