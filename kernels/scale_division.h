@@ -8,33 +8,55 @@ namespace vernier::cuda {
 
 /// The numeric contract's round_half_even(clamp(x / scale)) for many x and one scale.
 ///
-/// 1 / scale rounded once and x * (1 / scale) rounded once stand within 3 * 2^-24 of x / scale
-/// relative to it, the rounding of x / scale included: within 2^-14 for any quotient inside [-256,
+/// x times the rounded 1 / scale stands within 2^-24 of x / scale relative to it, and x / scale as
+/// IEEE division rounds it within 2^-24 again: together within 2^-15 for any quotient inside [-256,
 /// 256], where all codes are. Unless the product is that close to the middle between two integers,
-/// both round to the same integer; where it is, one divides.
+/// both round to the same integer; where it is, one divides. A scale that is a power of two has an
+/// exact reciprocal, and the product is always right.
 class ScaleDivision {
  public:
   /// `scale` is positive. Scales whose reciprocal is not a normal number, and NaN, divide always.
-  __device__ explicit ScaleDivision(float scale)
-      : scale_(scale),
-        reciprocal_(scale > 0x1p-120f && scale < 0x1p120f ? __frcp_rn(scale) : kNoReciprocal) {}
+  __device__ explicit ScaleDivision(float scale) : scale_(scale) {
+    reciprocal_ = scale > 0x1p-120f && scale < 0x1p120f ? __frcp_rn(scale) : kNoReciprocal;
+    const bool power_of_two = (__float_as_uint(scale) & 0x7fffffu) == 0;
+    // Not infinity: what is infinite or NaN is never sure.
+    largest_remainder_ = power_of_two ? 0x1.fffffep127f : 0.5f - 0x1p-13f;
+  }
 
   __device__ float scale() const { return scale_; }
 
-  /// round_half_even(x / scale) clamped to [low, high], integers of magnitude 256 at most; NaN
-  /// becomes `low`. `sure` becomes false where the result may be wrong and divided_code() is to
+  /// round_half_even(x / scale) before any clamp; right inside [-256, 256], and outside of that
+  /// range on the same side of it as the right one. `remainder` becomes x / scale less that
+  /// integer, within 2^-15. `sure` becomes false where the result may be wrong and divided() is to
   /// tell; it is never set to true.
+  __device__ float likely(float x, float& remainder, bool& sure) const {
+    // Added to 1.5 * 2^23 a number of magnitude below 2^22 is rounded to an integer, ties to even.
+    constexpr float kRounder = 12582912.0f;
+    const float code = __fmaf_rn(x, reciprocal_, kRounder) - kRounder;
+    remainder = __fmaf_rn(x, reciprocal_, -code);
+    sure &= fabsf(remainder) <= largest_remainder_;  // not &&, which would branch
+    return code;
+  }
+
+  /// The same by division, always right; NaN stays NaN.
+  __device__ float divided(float x, float& remainder) const {
+    const float quotient = __fdiv_rn(x, scale_);
+    const float code = rintf(quotient) + 0.0f;  // zero is +0.0
+    remainder = quotient - code;
+    return code;
+  }
+
+  /// round_half_even(x / scale) clamped to [low, high], integers of magnitude 256 at most; NaN
+  /// becomes `low`. `sure` as in likely().
   __device__ float likely_code(float x, float low, float high, bool& sure) const {
-    const float quotient = __fmul_rn(x, reciprocal_);
-    const float code = rintf(quotient);
-    // NaN (also infinity - infinity) is not sure either.
-    sure = sure && fabsf(quotient - code) <= 0.5f - 0x1p-13f;
-    return fminf(fmaxf(code, low), high);
+    float remainder;
+    return fminf(fmaxf(likely(x, remainder, sure), low), high);
   }
 
   /// The same by division, always right.
   __device__ float divided_code(float x, float low, float high) const {
-    return fminf(fmaxf(rintf(__fdiv_rn(x, scale_)), low), high);
+    float remainder;
+    return fminf(fmaxf(divided(x, remainder), low), high);
   }
 
   /// The same, for a single x.
@@ -49,6 +71,7 @@ class ScaleDivision {
 
   float scale_;
   float reciprocal_;
+  float largest_remainder_;
 };
 
 }  // namespace vernier::cuda

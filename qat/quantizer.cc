@@ -1,4 +1,5 @@
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/fake_quantize.h>
 #include <vernier/kernels/quantize.h>
 #include <vernier/qat/quantizer.h>
 
