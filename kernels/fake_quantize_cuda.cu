@@ -254,7 +254,8 @@ struct Segments {
       : tiles(numel, map, vector_size, lanes),
         tiles_each(std::clamp<int64_t>(tiles.count >> 15, 1, tiles.per_run.divisor())),
         per_run(divide_up(tiles.per_run.divisor(), tiles_each)),
-        count(tiles.count / tiles.per_run.divisor() * per_run.divisor()) {}
+        // One at least, for a tensor of less than a vector.
+        count(std::max<int64_t>(tiles.count / tiles.per_run.divisor() * per_run.divisor(), 1)) {}
 };
 
 // A segment's sums go to partial[segment], the clipped ones `count` behind. kLanes threads take a
@@ -362,15 +363,17 @@ __global__ void __launch_bounds__(kGroup > kQuantizeThreads ? kGroup : kQuantize
     total.scale = lanes_sum<kWarp>(total.scale);
     total.clipped = lanes_sum<kWarp>(total.clipped);
     if constexpr (kGroup > kWarp) {
-      __shared__ WideSums warps[kGroup / kWarp];
+      __shared__ double scales[kGroup / kWarp], clips[kGroup / kWarp];
       __syncthreads();  // the previous round's readers are done
-      if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = total;
+      if (threadIdx.x % kWarp == 0) {
+        scales[threadIdx.x / kWarp] = total.scale;
+        clips[threadIdx.x / kWarp] = total.clipped;
+      }
       __syncthreads();
-      total = WideSums();
       if (threadIdx.x == 0) {
-        for (const WideSums& warp : warps) {
-          total.scale += warp.scale;
-          total.clipped += warp.clipped;
+        for (int w = 1; w < kGroup / kWarp; ++w) {
+          total.scale += scales[w];
+          total.clipped += clips[w];
         }
       }
     }
