@@ -242,6 +242,54 @@ __device__ double lanes_sum(double value) {
   return value;
 }
 
+// The gradients of a scale and its zero point.
+__device__ void write_gradients(const LearnedGradients& gradients, int64_t index, float scale,
+                                const WideSums& total) {
+  gradients.scale[index] = static_cast<float>(total.scale * gradients.gradient_scale);
+  if (gradients.zero_point)
+    gradients.zero_point[index] = static_cast<float>(-static_cast<double>(scale) * total.clipped *
+                                                     gradients.gradient_scale);
+}
+
+// Scales of kLanes consecutive vectors each, which as many threads of a warp add up at once.
+template <typename T, int V, int kLanes, bool kZeroPoint>
+__global__ void __launch_bounds__(kQuantizeThreads, 4)
+    learned_groups_kernel(const T* input, const T* gradient, T* output, int64_t vectors,
+                          DeviceMap map, LearnedGradients gradients) {
+  constexpr int kAtOnce = 2;
+  constexpr int64_t kTile = kQuantizeThreads * kAtOnce;
+  // Every thread makes the same rounds, as the exchange in lanes_sum wants.
+  for (int64_t base = blockIdx.x * kTile; base < vectors; base += gridDim.x * kTile) {
+    Pack<T, V> x[kAtOnce], g[kAtOnce];
+    float scale[kAtOnce];
+    int32_t zero_point[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t v = base + u * kQuantizeThreads + threadIdx.x;
+      if (v >= vectors) break;
+      x[u] = load_pack<V>(input + v * V);
+      g[u] = load_pack<V>(gradient + v * V);
+      scale[u] = map.scale_at(v / kLanes);
+      zero_point[u] = map.zero_point_at(v / kLanes);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t v = base + u * kQuantizeThreads + threadIdx.x;
+      WideSums total;
+      if (v < vectors) {
+        Sums sums;
+        const CodeGrid grid(scale[u], zero_point[u], map.qmin, map.qmax);
+        store_pack(output + v * V, learned_backward<T, V, kZeroPoint>(x[u], g[u], grid, sums));
+        total.add(sums);
+      }
+      total.scale = lanes_sum<kLanes>(total.scale);
+      if constexpr (kZeroPoint) total.clipped = lanes_sum<kLanes>(total.clipped);
+      if (threadIdx.x % kLanes == 0 && v < vectors)
+        write_gradients(gradients, v / kLanes, scale[u], total);
+    }
+  }
+}
+
 // How the learned backward is cut: segments of so many tiles, each of one run. No number depends on
 // the GPU, so that sums are the same on each.
 struct Segments {
@@ -377,12 +425,7 @@ __global__ void __launch_bounds__(kGroup > kQuantizeThreads ? kGroup : kQuantize
         }
       }
     }
-    if (thread == 0 && index < count) {
-      gradients.scale[index] = static_cast<float>(total.scale * gradients.gradient_scale);
-      if (gradients.zero_point)
-        gradients.zero_point[index] = static_cast<float>(-static_cast<double>(scale[index]) *
-                                                         total.clipped * gradients.gradient_scale);
-    }
+    if (thread == 0 && index < count) write_gradients(gradients, index, scale[index], total);
   }
 }
 
@@ -408,6 +451,26 @@ void with_segment_shape(const ScaleMap& map, bool vectors, const F& f) {
   });
 }
 
+// Starts learned_groups_kernel where it serves.
+template <typename T>
+bool run_learned_groups(const char* name, const QuantizeArguments& a, const T* x, const T* g, T* y,
+                        const LearnedGradients& gradients, void* stream) {
+  constexpr int V = kVectorSize<T>;
+  if (a.numel != a.map.inner * a.map.count || !has_vectors<T>(a.map, {x, g, y})) return false;
+  const auto start = [&]<int kLanes>() {
+    if (a.map.inner != kLanes * V) return false;
+    const int64_t vectors = a.numel / V;
+    with_flag(gradients.zero_point != nullptr, [&](auto zero_point) {
+      launch(name, learned_groups_kernel<T, V, kLanes, zero_point.value>,
+             grid_size(divide_up(vectors, 2 * kQuantizeThreads), kQuantizeBlocks), kQuantizeThreads,
+             stream, x, g, y, vectors, DeviceMap(a), gradients);
+    });
+    return true;
+  };
+  return start.template operator()<4>() || start.template operator()<8>() ||
+         start.template operator()<16>() || start.template operator()<32>();
+}
+
 template <typename T>
 void run_learned_backward(const QuantizeArguments& a, const void* gradient, void* output,
                           const LearnedGradients& gradients, double* partial, void* stream) {
@@ -416,6 +479,7 @@ void run_learned_backward(const QuantizeArguments& a, const void* gradient, void
   const auto* x = static_cast<const T*>(a.input);
   const auto* g = static_cast<const T*>(gradient);
   auto* y = static_cast<T*>(output);
+  if (run_learned_groups(kName, a, x, g, y, gradients, stream)) return;
   const DeviceMap map(a);
   Partials partials;
   with_flag(gradients.zero_point != nullptr, [&](auto zero_point) {

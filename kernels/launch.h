@@ -29,15 +29,24 @@ inline void check(cudaError_t status, const char* what) {
 
 inline cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
-/// Enqueues kernel<<<grid, block, 0, stream>>>(arguments...). Throws Error when the launch fails.
+/// Enqueues kernel<<<grid, block, shared_bytes, stream>>>(arguments...). Throws Error when the
+/// launch fails.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
-            Arguments&&... arguments) {
+void launch_with_shared(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                        size_t shared_bytes, void* stream, Arguments&&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = as_stream(stream);
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
+}
+
+/// The same without dynamic shared memory.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
+            Arguments&&... arguments) {
+  launch_with_shared(what, kernel, grid, block, 0, stream, std::forward<Arguments>(arguments)...);
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -113,6 +122,26 @@ class Divider {
  private:
   uint64_t divisor_;
   uint64_t reciprocal_;
+};
+
+/// The same for 0 <= n < 2^31, at a tenth of the cost.
+class Divider32 {
+ public:
+  /// 0 < divisor < 2^31.
+  explicit Divider32(int64_t divisor) : divisor_(static_cast<uint32_t>(divisor)) {
+    while ((uint64_t{1} << shift_) < divisor_) ++shift_;
+    // Above 2^(31 + shift) / d by less than d / d <= 2^shift / d, so that for n < 2^31 the product
+    // is above n / d by less than 1 / d: never as far as the next integer.
+    multiplier_ = static_cast<uint32_t>(((uint64_t{1} << (31 + shift_)) + divisor_ - 1) / divisor_);
+  }
+
+  __device__ uint32_t divide(uint32_t n) const { return __umulhi(n << 1, multiplier_) >> shift_; }
+  __device__ uint32_t remainder(uint32_t n) const { return n - divide(n) * divisor_; }
+
+ private:
+  uint32_t divisor_;
+  uint32_t multiplier_;
+  int shift_ = 0;
 };
 
 // ---- Device side --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 // only.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
 #include <vernier/kernels/packed.h>
 #include <vernier/kernels/scale_division.h>
 
@@ -279,6 +280,60 @@ __global__ void __launch_bounds__(kQuantizeThreads)
         element(input[i], Operation::kUsesGradient ? gradient[i] : input[i], Place(i, map).index);
 }
 
+/// Vectors counted below 2^31, for which the division by the length of runs is cheap.
+struct VectorRuns {
+  uint32_t vectors;
+  Divider32 run_vectors;
+  Divider32 count;
+  bool repeats;  // the scales' indices start anew in the tensor
+
+  VectorRuns(int64_t numel, const ScaleMap& map, int vector_size)
+      : vectors(static_cast<uint32_t>(numel / vector_size)),
+        run_vectors(map.inner / vector_size),
+        count(map.count),
+        repeats(numel > map.inner * map.count) {}
+
+  __device__ uint32_t index(uint32_t vector) const {
+    const uint32_t run = run_vectors.divide(vector);
+    return repeats ? count.remainder(run) : run;
+  }
+};
+
+/// Runs of a few whole vectors, as groups are. Scales are on their way along with the elements.
+template <typename Operation, int V>
+__global__ void __launch_bounds__(kQuantizeThreads, Operation::kUsesGradient ? 3 : 4)
+    vector_run_kernel(const typename Operation::Input* input,
+                      const typename Operation::Input* gradient,
+                      typename Operation::Output* output, VectorRuns runs, DeviceMap map) {
+  using Input = typename Operation::Input;
+  const Operation operation;
+  constexpr uint32_t kTile = kQuantizeThreads * kUnroll;
+  for (uint32_t base = blockIdx.x * kTile; base < runs.vectors; base += gridDim.x * kTile) {
+    Pack<Input, V> x[kUnroll];
+    Pack<Input, V> g[kUnroll];
+    float scale[kUnroll];
+    int32_t zero_point[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t v = base + u * kQuantizeThreads + threadIdx.x;
+      if (v >= runs.vectors) break;
+      x[u] = load_pack<V>(input + int64_t{v} * V);
+      if constexpr (Operation::kUsesGradient) g[u] = load_pack<V>(gradient + int64_t{v} * V);
+      const uint32_t index = runs.index(v);
+      scale[u] = map.scale_at(index);
+      zero_point[u] = map.zero_point_at(index);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t v = base + u * kQuantizeThreads + threadIdx.x;
+      if (v >= runs.vectors) break;
+      const CodeGrid grid(scale[u], zero_point[u], map.qmin, map.qmax);
+      store_pack(output + int64_t{v} * V,
+                 operation(x[u], Operation::kUsesGradient ? g[u] : x[u], grid));
+    }
+  }
+}
+
 /// Vectors in which the larger of the two types fills 16 bytes.
 template <typename Operation>
 inline constexpr int kOperationVector = 16 / std::max(sizeof(typename Operation::Input),
@@ -308,8 +363,21 @@ void run_elementwise(const QuantizeArguments& a, const void* gradient, void* out
              stream, x, g, y, a.numel, map);
     };
     if (!vectorized.value && aligned) return start_short.template operator()<kVector, false>();
-    if (a.map.count > 1 && a.map.inner / V < kWarp)
-      return start_short.template operator()<V, true>();
+    if (a.map.count > 1 && a.map.inner / V < kWarp) {
+      // Room above the last vector for the stride of the grid.
+      constexpr int64_t kMostVectors = int64_t{1} << 30;
+      if constexpr (V > 1) {
+        if (a.numel / V <= kMostVectors && a.map.count <= kMostVectors) {
+          const VectorRuns runs(a.numel, a.map, V);
+          const unsigned blocks =
+              grid_size(divide_up(runs.vectors, kQuantizeThreads * kUnroll), kQuantizeBlocks);
+          launch(Operation::kName, vector_run_kernel<Operation, V>, blocks, kQuantizeThreads,
+                 stream, x, g, y, runs, map);
+          return;
+        }
+      }
+      return start_short.template operator()<1, true>();
+    }
     const Tiles tiles(a.numel, a.map, V, kWarp);
     const unsigned blocks = grid_size(divide_up(tiles.count, kQuantizeWarps), kQuantizeBlocks);
     launch(Operation::kName, tile_kernel<Operation, V>, blocks, kQuantizeThreads, stream, x, g, y,
@@ -451,6 +519,108 @@ __global__ void __launch_bounds__(kGroup > kQuantizeThreads ? kGroup : kQuantize
   }
 }
 
+/// Rows of kLanes vectors each, as groups are: kLanes threads of a warp take a row, and kUnroll rows
+/// at a time.
+template <typename Operation, int V, int kLanes>
+__global__ void __launch_bounds__(kQuantizeThreads, 4)
+    short_row_kernel(const typename Operation::Input* input, int64_t vectors, int32_t qmin,
+                     int32_t qmax, typename Operation::Output* output, float* scale) {
+  using T = typename Operation::Input;
+  constexpr int64_t kTile = kQuantizeThreads * kUnroll;
+  // Every thread makes the same rounds, as the exchange in lanes_max wants.
+  for (int64_t base = blockIdx.x * kTile; base < vectors; base += gridDim.x * kTile) {
+    Pack<T, V> x[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t v = base + u * kQuantizeThreads + threadIdx.x;
+      x[u] = {};
+      if (v < vectors) x[u] = load_pack<V>(input + v * V);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t v = base + u * kQuantizeThreads + threadIdx.x;
+      const uint32_t amax =
+          lanes_max<kLanes>(finite_amax_bits<T>([&](const auto& include) { include(x[u]); }));
+      if (v >= vectors) continue;
+      const float row_scale = scale_from_amax(__uint_as_float(amax), qmax);
+      if (threadIdx.x % kLanes == 0) scale[v / kLanes] = row_scale;
+      if constexpr (!std::is_same_v<Operation, ScaleOnly<T>>) {
+        const Operation operation;
+        store_pack(output + v * V, operation(x[u], x[u], CodeGrid(row_scale, 0, qmin, qmax)));
+      }
+    }
+  }
+}
+
+/// Threads of a multiprocessor, vectors of a row that each of them takes, and rows that a block of
+/// row_stream_kernel has room for: the one at work and those on their way.
+inline constexpr int kStreamThreads = 1024;
+inline constexpr int kStreamVectors = 4;
+inline constexpr int kStreamRows = 3;
+
+inline constexpr size_t stream_shared_bytes(int threads) {
+  return size_t{16} * kStreamRows * kStreamVectors * threads;
+}
+
+/// Rows that fit the registers of kThreads threads, 16 bytes a vector. The following rows are
+/// copied to shared memory meanwhile: between a row's loads and its stores stand the whole block's
+/// maximum and a division, during which memory would rest. A thread reads back only what it copied,
+/// and needs to wait for nobody else.
+template <typename Operation, int V, int kThreads>
+__global__ void __launch_bounds__(kThreads, kStreamThreads / kThreads)
+    row_stream_kernel(const typename Operation::Input* input, int64_t rows, int64_t columns,
+                      int32_t qmin, int32_t qmax, typename Operation::Output* output,
+                      float* scale) {
+  using T = typename Operation::Input;
+  extern __shared__ __align__(16) unsigned char stream_rows[];
+  auto* const staged = reinterpret_cast<Pack<T, V>*>(stream_rows) + threadIdx.x;
+  const auto place = [&](int slot, int u) {
+    return staged + (slot * kStreamVectors + u) * kThreads;
+  };
+  const int vectors = static_cast<int>(columns / V);
+  const auto fetch = [&](int64_t row, int slot) {
+    if (row < rows) {
+      const T* const x = input + row * columns + threadIdx.x * V;
+#pragma unroll
+      for (int u = 0; u < kStreamVectors; ++u) {
+        if (threadIdx.x + u * kThreads < vectors)
+          __pipeline_memcpy_async(place(slot, u), x + u * kThreads * V, 16);
+      }
+    }
+    __pipeline_commit();  // a group of copies each time, an empty one too, so that they are counted
+  };
+#pragma unroll
+  for (int s = 0; s < kStreamRows - 1; ++s)
+    fetch(blockIdx.x + int64_t{gridDim.x} * s, s);
+  int slot = 0;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    fetch(row + int64_t{gridDim.x} * (kStreamRows - 1), slot == 0 ? kStreamRows - 1 : slot - 1);
+    __pipeline_wait_prior(kStreamRows - 1);
+    Pack<T, V> x[kStreamVectors];
+#pragma unroll
+    for (int u = 0; u < kStreamVectors; ++u)
+      if (threadIdx.x + u * kThreads < vectors) x[u] = *place(slot, u);
+    slot = slot == kStreamRows - 1 ? 0 : slot + 1;
+    const uint32_t amax = group_max<kThreads>(finite_amax_bits<T>([&](const auto& include) {
+#pragma unroll
+      for (int u = 0; u < kStreamVectors; ++u)
+        if (threadIdx.x + u * kThreads < vectors) include(x[u]);
+    }));
+    const float row_scale = scale_from_amax(__uint_as_float(amax), qmax);
+    if (threadIdx.x == 0) scale[row] = row_scale;
+    if constexpr (!std::is_same_v<Operation, ScaleOnly<T>>) {
+      const Operation operation;
+      const CodeGrid grid(row_scale, 0, qmin, qmax);
+      auto* const y = output + row * columns + threadIdx.x * V;
+#pragma unroll
+      for (int u = 0; u < kStreamVectors; ++u) {
+        if (threadIdx.x + u * kThreads < vectors)
+          store_pack(y + u * kThreads * V, operation(x[u], x[u], grid));
+      }
+    }
+  }
+}
+
 /// Rows too few and too long for a block each: gridDim.x blocks share a row and leave the bits of
 /// its maximum in `scale`, which starts as zeros.
 template <typename T, int V>
@@ -545,15 +715,45 @@ void run_rows(const char* name, const void* input_pointer, ElementType type, int
       launch(name, kernel, blocks, threads, stream, input, rows, columns, qmin, qmax, output,
              scale);
     };
+    const auto start_short = [&](auto* kernel, int lanes) {
+      const int64_t vectors = rows * lanes;
+      const unsigned blocks =
+          grid_size(divide_up(vectors, kQuantizeThreads * kUnroll), kQuantizeBlocks);
+      launch(name, kernel, blocks, kQuantizeThreads, stream, input, vectors, qmin, qmax, output,
+             scale);
+    };
+    const auto start_stream = [&](auto* kernel, int threads) {
+      const size_t shared = stream_shared_bytes(threads);
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared)),
+            name);
+      launch_with_shared(name, kernel, grid_size(rows, kStreamThreads / threads), threads, shared,
+                         stream, input, rows, columns, qmin, qmax, output, scale);
+    };
     // The smallest group that holds the row in registers.
     const int64_t vectors = columns / V;
     if constexpr (V > 1) {
+      if (vectors == 4) return start_short(short_row_kernel<Operation, V, 4>, 4);
+      if (vectors == 8) return start_short(short_row_kernel<Operation, V, 8>, 8);
+      if (vectors == 16) return start_short(short_row_kernel<Operation, V, 16>, 16);
+      if (vectors == 32) return start_short(short_row_kernel<Operation, V, 32>, 32);
       if (vectors <= 8) return start(row_kernel<Operation, V, 8, 1>, 8);
       if (vectors <= 16) return start(row_kernel<Operation, V, 16, 1>, 16);
     }
     if (vectors <= kWarp * kHeld) return start(row_kernel<Operation, V, kWarp, kHeld>, kWarp);
-    if (vectors <= 256 * kHeld) return start(row_kernel<Operation, V, 256, kHeld>, 256);
-    if (vectors <= 512 * kHeld) return start(row_kernel<Operation, V, 512, kHeld>, 512);
+    if constexpr (V > 1) {
+      if (vectors <= 128 * kStreamVectors)
+        return start_stream(row_stream_kernel<Operation, V, 128>, 128);
+      if (vectors <= 256 * kStreamVectors)
+        return start_stream(row_stream_kernel<Operation, V, 256>, 256);
+      if (vectors <= 512 * kStreamVectors)
+        return start_stream(row_stream_kernel<Operation, V, 512>, 512);
+      if (vectors <= 1024 * kStreamVectors)
+        return start_stream(row_stream_kernel<Operation, V, 1024>, 1024);
+    } else {
+      if (vectors <= 256 * kHeld) return start(row_kernel<Operation, V, 256, kHeld>, 256);
+      if (vectors <= 512 * kHeld) return start(row_kernel<Operation, V, 512, kHeld>, 512);
+    }
     start(row_kernel<Operation, V, 1024, kHeld>, 1024);
   });
 }

@@ -136,42 +136,59 @@ class SharedCounters {
   static constexpr int kZeros = 2 * kSharedBins;  // where zeros go
   static constexpr int kStorage = 2 * kSharedBins + 1;
 
-  __device__ explicit SharedCounters(uint32_t* counters) : counters_(counters) {}
+  __device__ SharedCounters(uint32_t* counters, int32_t) : counters_(counters) {}
 
+  /// From here on bins are 2^exponent wide.
+  __device__ void set_exponent(int32_t exponent) { inverse_width_ = power_of_two(-exponent); }
+
+  /// Counts finite values that fit; zeros where nobody looks, as a branch would cost more.
+  template <typename T, int W>
+  __device__ void count(const Pack<T, W>& x) const {
+    const Vector<float, W> values = to_floats(x);
+#pragma unroll
+    for (const float value : values.values) count(value);
+  }
+
+  /// Merges bins in pairs `times` times, in place, by all threads of the block, which are in step
+  /// here and afterwards.
+  __device__ void widen(int32_t times) const {
+    // Merged once for each bin that there is, all are one.
+    for (times = min(times, kLog2SharedBins); times > 0; --times) {
+#pragma unroll 1
+      for (int32_t sign = 0; sign < 2 * kSharedBins; sign += kSharedBins) {
+#pragma unroll 1
+        for (int32_t base = 0; base < kSharedBins; base += kHistogramThreads) {
+          // Pairs lie at or behind what is written, and those of later rounds wholly behind.
+          const int32_t bin = base + static_cast<int32_t>(threadIdx.x);
+          const uint32_t sum =
+              bin < kSharedBins / 2 ? at(sign + 2 * bin) + at(sign + 2 * bin + 1) : 0;
+          __syncthreads();
+          at(sign + bin) = sum;
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  __device__ uint32_t bin(bool negative, int32_t number) const {
+    return at(negative ? kSharedBins + number : number);
+  }
+
+ private:
   __device__ uint32_t& at(int32_t number) const { return counters_[place(4 * number) / 4]; }
 
-  /// Counts a finite value that fits; a zero where nobody looks, as a branch would cost more.
-  __device__ void count(float x, float inverse_width) const {
+  __device__ void count(float x) const {
     const uint32_t sign = __float_as_uint(x) >> (31 - kLog2SharedBins - 2) & (4 * kSharedBins);
     // place() of four times the bin: of 2^21 + v, rounded towards zero, the lowest bits hold v in
     // quarters; a 32nd of v is the shift.
     const uint32_t quarters =
-        __float_as_uint(__fmaf_rz(fabsf(x), inverse_width, 0x1p21f)) & (4 * kSharedBins - 4);
+        __float_as_uint(__fmaf_rz(fabsf(x), inverse_width_, 0x1p21f)) & (4 * kSharedBins - 4);
     const uint32_t shifted =
-        __float_as_uint(__fmaf_rz(fabsf(x), inverse_width * 0x1p-5f, 0x1p21f)) & 0x7cu;
+        __float_as_uint(__fmaf_rz(fabsf(x), inverse_width_ * 0x1p-5f, 0x1p21f)) & 0x7cu;
     const uint32_t place = x != 0.0f ? (quarters | sign) ^ shifted : 4 * kZeros;
     atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(counters_) + place), 1u);
   }
 
-  /// Merges bins in pairs, in place, by all threads of the block, which are in step here and
-  /// afterwards.
-  __device__ void fold() const {
-#pragma unroll 1
-    for (int32_t sign = 0; sign < 2 * kSharedBins; sign += kSharedBins) {
-#pragma unroll 1
-      for (int32_t base = 0; base < kSharedBins; base += kHistogramThreads) {
-        // Pairs lie at or behind what is written, and those of later rounds wholly behind.
-        const int32_t bin = base + static_cast<int32_t>(threadIdx.x);
-        const uint32_t sum =
-            bin < kSharedBins / 2 ? at(sign + 2 * bin) + at(sign + 2 * bin + 1) : 0;
-        __syncthreads();
-        at(sign + bin) = sum;
-      }
-    }
-    __syncthreads();
-  }
-
- private:
   // Where a counter lies, in bytes. Floats of few digits hit every so many bins only, which without
   // this would share memory banks.
   __device__ static uint32_t place(uint32_t number_times_4) {
@@ -179,22 +196,106 @@ class SharedCounters {
   }
 
   uint32_t* counters_;
+  float inverse_width_ = 0;
+};
+
+/// The same for bfloat16, a counter for each value of at least a bin's width and one for all below:
+/// bins are told apart at the end, and two values at a time find their counters by integer
+/// arithmetic on their bits.
+class PatternCounters {
+ public:
+  static constexpr int kSlots = 2048;  // of a sign
+  static constexpr int kStorage = 2 * kSlots;
+
+  __device__ PatternCounters(uint32_t* counters, int32_t log2_bins)
+      : counters_(counters), values_(log2_bins << kLog2Octave) {}
+
+  __device__ void set_exponent(int32_t exponent) {
+    const uint32_t width = static_cast<uint32_t>(exponent + 127) << kLog2Octave;  // its bits
+    floor_ = (width - 2) * kBoth;
+    minus_floor_ = (-(width - 2) & 0xffffu) * kBoth;
+  }
+
+  template <int W>
+  __device__ void count(const Pack<__nv_bfloat16, W>& x) const {
+#pragma unroll
+    for (const uint32_t word : x.words) {
+      // Slot 0: below the width; 1: the width; and so on; behind the last value zeros, whose bits
+      // less one are the largest.
+      const uint32_t from_floor = __viaddmax_u16x2(word & 0x7fff7fffu, ~0u, floor_);
+      const uint32_t slot = __viaddmin_u16x2(from_floor, minus_floor_, (values_ + 1) * kBoth);
+      const uint32_t place = slot * 4 | (word >> 2 & 4 * kSlots * kBoth);  // in bytes
+      add_one(place & 0xffffu);
+      if constexpr (W > 1) add_one(place >> 16);
+    }
+  }
+
+  __device__ void widen(int32_t times) const {
+    const int32_t shift = min(times, values_ >> kLog2Octave) << kLog2Octave;
+#pragma unroll 1
+    for (uint32_t* sign = counters_; sign < counters_ + kStorage; sign += kSlots) {
+      uint32_t below = 0;
+      for (int32_t slot = 1 + static_cast<int32_t>(threadIdx.x); slot <= shift;
+           slot += kHistogramThreads)
+        below += sign[slot];
+      __syncthreads();
+#pragma unroll 1
+      for (int32_t base = 1; base <= values_; base += kHistogramThreads) {
+        // What is read lies behind all that is written before.
+        const int32_t slot = base + static_cast<int32_t>(threadIdx.x);
+        const uint32_t value = slot + shift <= values_ ? sign[slot + shift] : 0;
+        __syncthreads();
+        if (slot <= values_) sign[slot] = value;
+      }
+      atomicAdd(sign, below);
+    }
+    __syncthreads();
+  }
+
+  __device__ uint32_t bin(bool negative, int32_t number) const {
+    const uint32_t* const sign = counters_ + (negative ? kSlots : 0);
+    if (number == 0) return sign[0];
+    // Octave k of values has 2^k bins.
+    const int32_t octave = 31 - __clz(number), place = number - (1 << octave);
+    const uint32_t* const first = sign + 1 + (octave << kLog2Octave);
+    const int32_t finer = octave - kLog2Octave;
+    if (finer >= 0) return (place & ((1 << finer) - 1)) == 0 ? first[place >> finer] : 0;
+    uint32_t sum = 0;
+    for (int32_t i = place << -finer; i < (place + 1) << -finer; ++i) sum += first[i];
+    return sum;
+  }
+
+ private:
+  static constexpr int kLog2Octave = 7;  // digits behind the leading one
+  static constexpr uint32_t kBoth = 0x10001u;
+  static_assert((kLog2SharedBins << kLog2Octave) + 2 <= kSlots);
+  static_assert(4 * kSlots == 0x8000 >> 2);  // where the sign goes
+
+  __device__ void add_one(uint32_t place) const {
+    atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(counters_) + place), 1u);
+  }
+
+  uint32_t* counters_;
+  int32_t values_;
+  uint32_t floor_ = 0;
+  uint32_t minus_floor_ = 0;
 };
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kHistogramThreads, kHistogramBlocks)
     histogram_kernel(const T* input, int64_t numel, int32_t log2_bins, BlockSummary* summaries,
                      uint32_t* block_counts) {
-  __shared__ uint32_t storage[SharedCounters::kStorage];
+  using Counters = std::conditional_t<kIsBfloat16<T>, PatternCounters, SharedCounters>;
+  __shared__ uint32_t storage[Counters::kStorage];
   __shared__ uint32_t sums[3];
-  for (int i = threadIdx.x; i < SharedCounters::kStorage; i += kHistogramThreads) storage[i] = 0;
+  for (int i = threadIdx.x; i < Counters::kStorage; i += kHistogramThreads) storage[i] = 0;
   if (threadIdx.x < 3) sums[threadIdx.x] = 0;
   __syncthreads();
-  const SharedCounters counters(storage);
+  Counters counters(storage, log2_bins);
+  counters.set_exponent(kSmallestExponent);
   const int32_t bins = 1 << log2_bins;
 
   int32_t exponent = kSmallestExponent;
-  float inverse_width = power_of_two(-kSmallestExponent);
   float limit = static_cast<float>(bins) * power_of_two(kSmallestExponent);
   bool empty = true;
   Extremes extremes;
@@ -243,11 +344,9 @@ __global__ void __launch_bounds__(kHistogramThreads, kHistogramBlocks)
       const uint32_t largest =
           group_max<kHistogramThreads>(amax > 0.0f ? __float_as_uint(amax) : 0);
       const int32_t wanted = width_exponent(__uint_as_float(largest), log2_bins);
-      // Merged once for each bin that there is, all are one.
-      for (int32_t e = empty ? wanted : max(exponent, wanted - kLog2SharedBins); e < wanted; ++e)
-        counters.fold();
+      if (!empty) counters.widen(wanted - exponent);
       exponent = wanted;
-      inverse_width = power_of_two(-exponent);
+      counters.set_exponent(exponent);
       limit = static_cast<float>(bins) * power_of_two(exponent);
     }
     empty = false;
@@ -255,9 +354,7 @@ __global__ void __launch_bounds__(kHistogramThreads, kHistogramBlocks)
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (u >= count) break;
-      const Vector<float, W> values = to_floats(x[u]);
-#pragma unroll
-      for (const float value : values.values) counters.count(value, inverse_width);
+      counters.count(x[u]);
     }
   };
 
@@ -298,7 +395,7 @@ __global__ void __launch_bounds__(kHistogramThreads, kHistogramBlocks)
   uint32_t* const out = block_counts + (int64_t{blockIdx.x} << (log2_bins + 1));
   uint32_t counted = 0;
   for (int32_t i = threadIdx.x; i < 2 * bins; i += kHistogramThreads) {
-    const uint32_t value = counters.at(i < bins ? kSharedBins + i : i - bins);
+    const uint32_t value = counters.bin(i < bins, i & (bins - 1));
     counted += value;
     out[i] = value;
   }
@@ -314,7 +411,7 @@ __global__ void __launch_bounds__(kHistogramThreads, kHistogramBlocks)
 }
 
 constexpr int kMergeThreads = 256;
-constexpr int kMergeCounters = 64;  // of a block; as many threads as go into it share a counter
+constexpr int kMergeCounters = 32;  // of a block; as many threads as go into it share a counter
 
 // The blocks' counts at the largest of their exponents; range and tallies.
 __global__ void __launch_bounds__(kMergeThreads)
@@ -332,13 +429,30 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int32_t bin = counter & (bins - 1);
   unsigned long long sum = 0;
   if (counter < 2 * bins) {
-#pragma unroll 4
-    for (int b = threadIdx.x / kMergeCounters; b < blocks; b += kMergeThreads / kMergeCounters) {
-      const uint32_t* const theirs = block_counts + (int64_t{b} << (log2_bins + 1)) + counter - bin;
-      const int32_t shift = min(exponent - summaries[b].exponent, log2_bins);
-      const int32_t first = bin << shift;
-      const int32_t end = min((bin + 1) << shift, bins);
-      for (int32_t i = first; i < end; ++i) sum += theirs[i];
+    constexpr int kAtOnce = 8, kGroups = kMergeThreads / kMergeCounters;
+    for (int base = threadIdx.x / kMergeCounters; base < blocks; base += kAtOnce * kGroups) {
+      // Most blocks have the largest exponent: one counter of theirs is one of all, and the loads
+      // of these need not wait for each other.
+      const uint32_t* theirs[kAtOnce];
+      int32_t first[kAtOnce], shift[kAtOnce];
+      uint32_t value[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int b = min(base + j * kGroups, blocks - 1);
+        shift[j] = min(exponent - summaries[b].exponent, log2_bins);
+        theirs[j] = block_counts + (int64_t{b} << (log2_bins + 1)) + counter - bin;
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        first[j] = base + j * kGroups < blocks ? bin << shift[j] : bins;
+        value[j] = first[j] < bins ? theirs[j][first[j]] : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        sum += value[j];
+        const int32_t end = min(first[j] + (1 << shift[j]), bins);
+        for (int32_t i = first[j] + 1; i < end; ++i) sum += theirs[j][i];
+      }
     }
   }
   __shared__ unsigned long long shared[kMergeThreads];
