@@ -1,5 +1,5 @@
-// Quantize, dequantize and fake-quantize: the element-wise operations of the numeric contract
-// (scheme.h).
+// Quantize and dequantize: the element-wise operations of the numeric contract (scheme.h).
+// fake_quantize.h has what trains.
 //
 // All take contiguous or strided float32, float16 or bfloat16 tensors on the CPU or a GPU. Scales
 // are float32 on the same device, in number as the granularity says:
@@ -28,13 +28,6 @@ at::Tensor quantize(const at::Tensor& input, const at::Tensor& scale,
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
                       const std::optional<at::Tensor>& zero_point, const Scheme& scheme,
                       int64_t axis = 0, at::ScalarType dtype = at::kFloat);
-
-/// dequantize(quantize(input)) in the input's dtype. Differentiable in `input` by the
-/// straight-through estimator (Bengio 2013): the gradient passes where the code was not clipped and
-/// is zero elsewhere; the backward recomputes that from `input` and keeps no mask.
-at::Tensor fake_quantize(const at::Tensor& input, const at::Tensor& scale,
-                         const std::optional<at::Tensor>& zero_point, const Scheme& scheme,
-                         int64_t axis = 0);
 
 /// Symmetric scales of each row from its own absolute maximum: float32 [input.sizes() without the
 /// last]. Rows of zeros get scale 1.

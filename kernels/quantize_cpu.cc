@@ -1,24 +1,8 @@
-#include <vernier/kernels/element_cpu.h>
-#include <vernier/kernels/parallel.h>
+#include <vernier/kernels/quantize_cpu.h>
 #include <vernier/kernels/quantize_device.h>
-
-#include <cfloat>
 
 namespace vernier::cpu {
 namespace {
-
-constexpr int64_t kGrain = 16 * kBlock;
-
-// The scales of one run of elements: either one for all of them (step 0) or one each (step 1).
-struct RunScales {
-  const float* scale;
-  const int32_t* zero_point;  // null: all zero
-  int64_t step;
-  int32_t qmin;
-  int32_t qmax;
-
-  int32_t zero_point_at(int64_t i) const { return zero_point ? zero_point[i] : 0; }
-};
 
 VERNIER_SIMD void quantize_run(const float* x, int64_t n, const RunScales& s, int8_t* codes) {
   if (s.step == 0) {
@@ -45,33 +29,6 @@ VERNIER_SIMD void dequantize_run(const int8_t* codes, int64_t n, const RunScales
   }
 }
 
-VERNIER_SIMD void fake_quantize_run(const float* x, int64_t n, const RunScales& s, float* out) {
-  if (s.step == 0) {
-    const float scale = *s.scale;
-    const int32_t zero_point = s.zero_point_at(0);
-    const int32_t qmin = s.qmin, qmax = s.qmax;
-    for (int64_t i = 0; i < n; ++i) {
-      const int32_t code = quantize_value(x[i], scale, zero_point, qmin, qmax);
-      out[i] = dequantize_value(code, scale, zero_point);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      const int32_t zero_point = s.zero_point_at(i);
-      const int32_t code = quantize_value(x[i], s.scale[i], zero_point, s.qmin, s.qmax);
-      out[i] = dequantize_value(code, s.scale[i], zero_point);
-    }
-  }
-}
-
-VERNIER_SIMD void backward_run(const float* x, const float* gradient, int64_t n, const RunScales& s,
-                               float* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t j = i * s.step;
-    out[i] =
-        passes_gradient(x[i], s.scale[j], s.zero_point_at(j), s.qmin, s.qmax) ? gradient[i] : 0.0f;
-  }
-}
-
 VERNIER_SIMD float finite_amax(const float* x, int64_t n) {
   // Integer maxima of the bits order non-negative floats and, unlike float maxima, vectorize
   // without fast math.
@@ -88,28 +45,12 @@ VERNIER_SIMD float finite_amax(const float* x, int64_t n) {
   return amax;
 }
 
-// Cuts [begin, end) into runs of at most kBlock elements whose scales are one value or consecutive
-// values.
-template <typename F>
-void for_each_run(const QuantizeArguments& a, int64_t begin, int64_t end, const F& f) {
-  const bool one_each = a.map.inner == 1 && a.map.count > 1;
-  for (int64_t i = begin; i < end;) {
-    const int64_t first = a.map.index(i);
-    const int64_t until = one_each ? i + a.map.count - first : (i / a.map.inner + 1) * a.map.inner;
-    const int64_t n = std::min({kBlock, end - i, a.map.count == 1 ? kBlock : until - i});
-    f(i, n,
-      RunScales{a.scale + first, a.zero_point ? a.zero_point + first : nullptr, one_each ? 1 : 0,
-                a.qmin, a.qmax});
-    i += n;
-  }
-}
-
 }  // namespace
 
 void quantize(const QuantizeArguments& a, int8_t* codes) {
   with_element_type(a.input_type, [&]<typename T>(T*) {
     const T* input = static_cast<const T*>(a.input);
-    parallel_for(a.numel, kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(a.numel, kQuantizeGrain, [&](int64_t begin, int64_t end) {
       FloatBlock block;
       for_each_run(a, begin, end, [&](int64_t i, int64_t n, const RunScales& scales) {
         quantize_run(load_block(input + i, n, block), n, scales, codes + i);
@@ -122,42 +63,11 @@ void dequantize(const QuantizeArguments& a, void* output) {
   with_element_type(a.input_type, [&]<typename T>(T*) {
     const int8_t* codes = static_cast<const int8_t*>(a.input);
     T* out = static_cast<T*>(output);
-    parallel_for(a.numel, kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(a.numel, kQuantizeGrain, [&](int64_t begin, int64_t end) {
       FloatBlock block;
       for_each_run(a, begin, end, [&](int64_t i, int64_t n, const RunScales& scales) {
         dequantize_run(codes + i, n, scales, output_block(out + i, block));
         store_block(block, n, out + i);
-      });
-    });
-  });
-}
-
-void fake_quantize(const QuantizeArguments& a, void* output) {
-  with_element_type(a.input_type, [&]<typename T>(T*) {
-    const T* input = static_cast<const T*>(a.input);
-    T* out = static_cast<T*>(output);
-    parallel_for(a.numel, kGrain, [&](int64_t begin, int64_t end) {
-      FloatBlock in_block, out_block;
-      for_each_run(a, begin, end, [&](int64_t i, int64_t n, const RunScales& scales) {
-        fake_quantize_run(load_block(input + i, n, in_block), n, scales,
-                          output_block(out + i, out_block));
-        store_block(out_block, n, out + i);
-      });
-    });
-  });
-}
-
-void fake_quantize_backward(const QuantizeArguments& a, const void* gradient, void* output) {
-  with_element_type(a.input_type, [&]<typename T>(T*) {
-    const T* input = static_cast<const T*>(a.input);
-    const T* grad = static_cast<const T*>(gradient);
-    T* out = static_cast<T*>(output);
-    parallel_for(a.numel, kGrain, [&](int64_t begin, int64_t end) {
-      FloatBlock in_block, gradient_block, out_block;
-      for_each_run(a, begin, end, [&](int64_t i, int64_t n, const RunScales& scales) {
-        backward_run(load_block(input + i, n, in_block), load_block(grad + i, n, gradient_block), n,
-                     scales, output_block(out + i, out_block));
-        store_block(out_block, n, out + i);
       });
     });
   });
@@ -168,7 +78,7 @@ namespace {
 // Calls f(row, block-wise amax of the row) for rows in parallel.
 template <typename T, typename F>
 void for_each_row_amax(const T* input, int64_t rows, int64_t columns, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1));
+  const int64_t grain = std::max<int64_t>(1, kQuantizeGrain / std::max<int64_t>(columns, 1));
   parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
     FloatBlock block;
     for (int64_t row = begin; row < end; ++row) {

@@ -9,9 +9,6 @@ namespace vernier::cpu {
 void quantize(const QuantizeArguments& arguments, int8_t* codes);
 /// `arguments.input` holds int8 codes; its type names the output.
 void dequantize(const QuantizeArguments& arguments, void* output);
-void fake_quantize(const QuantizeArguments& arguments, void* output);
-/// Gradient where the code was not clipped, zero elsewhere; both of arguments.input_type.
-void fake_quantize_backward(const QuantizeArguments& arguments, const void* gradient, void* output);
 void per_token_scale(const void* input, ElementType type, int64_t rows, int64_t columns,
                      int32_t qmax, float* scale);
 void quantize_per_token(const void* input, ElementType type, int64_t rows, int64_t columns,
@@ -24,9 +21,6 @@ namespace vernier::cuda {
 /// `stream` is a cudaStream_t. Each call only enqueues work; a launch that fails throws Error.
 void quantize(const QuantizeArguments& arguments, int8_t* codes, void* stream);
 void dequantize(const QuantizeArguments& arguments, void* output, void* stream);
-void fake_quantize(const QuantizeArguments& arguments, void* output, void* stream);
-void fake_quantize_backward(const QuantizeArguments& arguments, const void* gradient, void* output,
-                            void* stream);
 void per_token_scale(const void* input, ElementType type, int64_t rows, int64_t columns,
                      int32_t qmax, float* scale, void* stream);
 void quantize_per_token(const void* input, ElementType type, int64_t rows, int64_t columns,

@@ -8,43 +8,66 @@ namespace vernier::cuda {
 
 /// The numeric contract's round_half_even(clamp(x / scale)) for many x and one scale.
 ///
-/// 1 / scale rounded once and x * (1 / scale) rounded once stand within 3 * 2^-24 of x / scale
-/// relative to it, the rounding of x / scale included: within 2^-14 for any quotient inside [-256,
+/// x times the rounded 1 / scale stands within 2^-24 of x / scale relative to it, and x / scale as
+/// IEEE division rounds it within 2^-24 again: together within 2^-15 for any quotient inside [-256,
 /// 256], where all codes are. Unless the product is that close to the middle between two integers,
-/// both round to the same integer; where it is, one divides.
+/// both round to the same integer; where it is, one divides. A scale that is a power of two has an
+/// exact reciprocal, and the product is always right.
 class ScaleDivision {
  public:
   /// `scale` is positive. Scales whose reciprocal is not a normal number, and NaN, divide always.
-  __device__ explicit ScaleDivision(float scale)
-      : scale_(scale),
-        reciprocal_(scale > 0x1p-120f && scale < 0x1p120f ? 1.0f / scale : kNoReciprocal) {}
+  __device__ explicit ScaleDivision(float scale) : scale_(scale) {
+    reciprocal_ = scale > 0x1p-120f && scale < 0x1p120f ? __frcp_rn(scale) : kNoReciprocal;
+    const bool power_of_two = (__float_as_uint(scale) & 0x7fffffu) == 0;
+    // Not infinity: what is infinite or NaN is never sure.
+    largest_remainder_ = power_of_two ? 0x1.fffffep127f : 0.5f - 0x1p-13f;
+  }
 
   __device__ float scale() const { return scale_; }
 
-  /// round_half_even(x / scale) clamped to [low, high], integers of magnitude 256 at most; NaN
-  /// becomes `low`. `sure` becomes false where the result may be wrong and divided_code() is to
+  /// round_half_even(x / scale) before any clamp; right inside [-256, 256], and outside of that
+  /// range on the same side of it as the right one. `remainder` becomes x / scale less that
+  /// integer, within 2^-15. `sure` becomes false where the result may be wrong and divided() is to
   /// tell; it is never set to true.
+  __device__ float likely(float x, float& remainder, bool& sure) const {
+    const float code = __fmaf_rn(x, reciprocal_, kRounder) - kRounder;
+    remainder = __fmaf_rn(x, reciprocal_, -code);
+    sure &= fabsf(remainder) <= largest_remainder_;  // not &&, which would branch
+    return code;
+  }
+
+  /// The same by division, always right; NaN stays NaN.
+  __device__ float divided(float x, float& remainder) const {
+    const float quotient = __fdiv_rn(x, scale_);
+    const float code = rintf(quotient) + 0.0f;  // zero is +0.0
+    remainder = quotient - code;
+    return code;
+  }
+
+  /// round_half_even(x / scale) clamped to [low, high], integers of magnitude 256 at most; NaN
+  /// becomes `low`. `sure` as in likely().
   __device__ float likely_code(float x, float low, float high, bool& sure) const {
-    const float quotient = __fmul_rn(x, reciprocal_);
-    // Adding 1.5 * 2^23 rounds to an integer, half to even; far larger quotients come out as
-    // something that the clamp cuts all the same. rintf runs at half the rate.
-    const float code = __fsub_rn(__fadd_rn(quotient, kShift), kShift);
-    // NaN (also infinity - infinity) is not sure either.
-    sure = sure && fabsf(quotient - code) <= 0.5f - 0x1p-13f;
-    return fminf(fmaxf(code, low), high);
+    float remainder;
+    return fminf(fmaxf(likely(x, remainder, sure), low), high);
   }
 
-  /// The same as the low byte of a word.
+  /// likely_code as the low byte of a word, in two's complement: cheaper than a conversion.
   __device__ uint32_t likely_bits(float x, float low, float high, bool& sure) const {
-    const float quotient = __fmul_rn(x, reciprocal_);
-    const float shifted = __fadd_rn(quotient, kShift);
-    sure = sure && fabsf(quotient - __fsub_rn(shifted, kShift)) <= 0.5f - 0x1p-13f;
-    return __float_as_uint(fminf(fmaxf(shifted, low + kShift), high + kShift));
+    const float shifted = __fmaf_rn(x, reciprocal_, kRounder);
+    const float remainder = __fmaf_rn(x, reciprocal_, -__fsub_rn(shifted, kRounder));
+    sure &= fabsf(remainder) <= largest_remainder_;
+    return __float_as_uint(fminf(fmaxf(shifted, low + kRounder), high + kRounder));
   }
 
-  /// The same by division, always right.
+  /// A word with an integer code in its low byte.
+  __device__ static uint32_t integer_bits(float code) {
+    return __float_as_uint(__fadd_rn(code, kRounder));
+  }
+
+  /// likely_code by division, always right.
   __device__ float divided_code(float x, float low, float high) const {
-    return fminf(fmaxf(rintf(__fdiv_rn(x, scale_)), low), high);
+    float remainder;
+    return fminf(fmaxf(divided(x, remainder), low), high);
   }
 
   /// The same, for a single x.
@@ -54,17 +77,15 @@ class ScaleDivision {
     return sure ? likely : divided_code(x, low, high);
   }
 
-  /// A word whose low byte is the two's complement of an integer code: cheaper than a conversion.
-  __device__ static uint32_t integer_bits(float code) {
-    return __float_as_uint(__fadd_rn(code, kShift));
-  }
-
  private:
-  static constexpr float kShift = 0x1.8p23f;
+  /// Added to this a number of magnitude below 2^22 is rounded to an integer, ties to even, whose
+  /// two's complement is then in the low bits.
+  static constexpr float kRounder = 0x1.8p23f;
   static constexpr float kNoReciprocal = __builtin_nanf("");
 
   float scale_;
   float reciprocal_;
+  float largest_remainder_;
 };
 
 }  // namespace vernier::cuda

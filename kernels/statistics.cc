@@ -31,8 +31,10 @@ std::tuple<Tensor, Tensor, Tensor> histogram_kernel(const Tensor& input, int64_t
         cpu::histogram(x.const_data_ptr(), type, numel, bins, counts_out, range_out, tallies_out);
       },
       [&](void* stream) {
+        Tensor scratch =
+            at::empty({cuda::histogram_scratch(numel, bins)}, input.options().dtype(at::kByte));
         cuda::histogram(x.const_data_ptr(), type, numel, bins, counts_out, range_out, tallies_out,
-                        stream);
+                        scratch.data_ptr(), stream);
       });
   return {counts, range, tallies};
 }

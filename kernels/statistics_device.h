@@ -39,8 +39,10 @@ void channel_range(const void* input, ElementType type, int64_t rows, int64_t co
 
 namespace vernier::cuda {
 
+/// Bytes of `scratch`, aligned to 4, that histogram needs on the current GPU.
+int64_t histogram_scratch(int64_t numel, int64_t bins);
 void histogram(const void* input, ElementType type, int64_t numel, int64_t bins, int64_t* counts,
-               float* range, int64_t* tallies, void* stream);
+               float* range, int64_t* tallies, void* scratch, void* stream);
 void channel_range(const void* input, ElementType type, int64_t rows, int64_t columns, float* range,
                    void* stream);
 

@@ -1,5 +1,6 @@
 #include <torch/serialize/archive.h>
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/fake_quantize.h>
 #include <vernier/kernels/quantize.h>
 #include <vernier/qat/quantizer.h>
 

@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/fake_quantize.h>
 #include <vernier/kernels/int8_gemm.h>
 #include <vernier/kernels/int8_gemm_device.h>
 #include <vernier/kernels/quantize.h>

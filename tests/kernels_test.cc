@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <vernier/kernels/dispatch.h>
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/fake_quantize.h>
 #include <vernier/kernels/int8_gemm.h>
 #include <vernier/kernels/int8_gemm_device.h>
 #include <vernier/kernels/parallel.h>

@@ -17,8 +17,9 @@ if not os.environ.get("VERNIER_LIBRARY"):
 torch.ops.load_library(os.environ["VERNIER_LIBRARY"])
 ops = torch.ops.vernier
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OPERATORS = ("quantize", "dequantize", "fake_quantize", "fake_quantize_backward", "per_token_scale", "quantize_per_token",
-             "histogram", "channel_range", "int8_matmul", "int8_matmul_reference", "int8_linear")
+OPERATORS = ("quantize", "dequantize", "fake_quantize", "fake_quantize_backward", "fake_quantize_dynamic", "fake_quantize_learned",
+             "fake_quantize_learned_backward", "per_token_scale", "quantize_per_token", "histogram", "channel_range", "int8_matmul",
+             "int8_matmul_reference", "int8_linear")
 
 
 def codes_of(x, scale, zero_point=0, qmin=-127, qmax=127):
@@ -183,6 +184,11 @@ def samples():
     yield "fake_quantize", (x, scale), {}
     yield "fake_quantize", (x.clone().requires_grad_(), scale, zero_point), {}
     yield "fake_quantize_backward", (x, x, scale), {}
+    yield "fake_quantize_dynamic", (x.clone().requires_grad_(),), {"granularity": "per_group", "group_size": 3, "bits": 4}
+    yield "fake_quantize_learned", (x.clone().requires_grad_(), scale.clone().requires_grad_(), zero_point.float().requires_grad_()), {}
+    yield "fake_quantize_learned", (x.clone().requires_grad_(), channels.clone().requires_grad_()), {"granularity": "per_channel"}
+    yield "fake_quantize_learned_backward", (x, x, scale, zero_point.float()), {"gradient_scale": 0.1}
+    yield "fake_quantize_learned_backward", (x, x, scale), {}
     yield "per_token_scale", (x,), {}
     yield "quantize_per_token", (x.bfloat16(),), {"bits": 4}
     yield "histogram", (x, 64), {}
