@@ -81,12 +81,14 @@ class Drawing {
     const std::string turn = style.turn == 0 ? ""
                                              : concat(" transform=\"rotate(", number(style.turn),
                                                       " ", number(x), " ", number(y), ")\"");
-    body_ +=
-        concat("<text x=\"", number(x), "\" y=\"", number(y), "\" font-size=\"", number(style.size),
-               "\" text-anchor=\"", style.anchor, "\" fill=\"", style.fill, "\"",
-               style.bold ? " font-weight=\"600\"" : "",
-               style.halo ? " stroke=\"#ffffff\" stroke-width=\"3\" paint-order=\"stroke\"" : "",
-               turn, ">", escaped(content), "</text>\n");
+    const std::string element = concat(
+        "<text x=\"", number(x), "\" y=\"", number(y), "\" font-size=\"", number(style.size),
+        "\" text-anchor=\"", style.anchor, "\"", style.bold ? " font-weight=\"600\"" : "", turn);
+    const std::string letters = ">" + escaped(content) + "</text>\n";
+    // Written twice, since not every viewer knows how to paint a stroke under its text.
+    if (style.halo)
+      body_ += element + " fill=\"#ffffff\" stroke=\"#ffffff\" stroke-width=\"3\"" + letters;
+    body_ += element + " fill=\"" + style.fill + "\"" + letters;
   }
   /// Title and subtitle at the top, then the legend in as many lines as the width asks for; returns
   /// where the plot may begin.
