@@ -66,7 +66,7 @@ Roof roof_of(const Place& place) {
 
 }  // namespace
 
-Machine describe(const Place& place) {
+Machine describe([[maybe_unused]] const Place& place) {
   Machine machine;
   machine.versions = {{"cuda", nullptr},
                       {"driver", nullptr},
