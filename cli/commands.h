@@ -30,6 +30,7 @@ void add_export(CLI::App& app, Action& action);
 void add_validate(CLI::App& app, Action& action);
 void add_eval(CLI::App& app, Action& action);
 void add_inspect(CLI::App& app, Action& action);
+void add_bench(CLI::App& app, Action& action);
 
 // ---- What several commands share ----
 

@@ -6,6 +6,15 @@
 #include <iostream>
 
 namespace vernier::cli {
+namespace {
+
+// Characters of UTF-8 text, each of which takes one column.
+size_t columns_of(const std::string& text) {
+  return static_cast<size_t>(
+      std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
+}
+
+}  // namespace
 
 Progress::Progress(std::string what, int64_t total)
     : what_(std::move(what)), total_(total), terminal_(isatty(STDERR_FILENO) != 0) {
@@ -35,12 +44,12 @@ void print_table(const std::vector<std::vector<std::string>>& rows) {
   std::vector<size_t> widths;
   for (const auto& row : rows) {
     widths.resize(std::max(widths.size(), row.size()));
-    for (size_t c = 0; c < row.size(); ++c) widths[c] = std::max(widths[c], row[c].size());
+    for (size_t c = 0; c < row.size(); ++c) widths[c] = std::max(widths[c], columns_of(row[c]));
   }
   for (size_t r = 0; r < rows.size(); ++r) {
     std::string line;
     for (size_t c = 0; c < rows[r].size(); ++c) {
-      const std::string gap(widths[c] - rows[r][c].size(), ' ');
+      const std::string gap(widths[c] - columns_of(rows[r][c]), ' ');
       line += c == 0 ? rows[r][c] + gap : "  " + gap + rows[r][c];
     }
     std::cout << line.substr(0, line.find_last_not_of(' ') + 1) << '\n';

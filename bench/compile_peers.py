@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Vernier's operators beside what torch.compile makes of the same arithmetic, on one GPU.
+
+    python bench/compile_peers.py --library build/lib/libvernier.so [--rows 8192] [--columns 8192] [--out rows.json]
+
+Needs PyTorch 2.11 with CUDA and Triton. Prints one JSON object as `vernier bench --json` does: device, versions, date, and
+rows of {work, shape, implementation, us, gbs, speedup}; speedup is over a copy of as many bytes in the same run. A result is
+compared with the eager one before it is timed; a wrong one is reported on stderr, left out, and makes the exit code 1.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+
+QMAX = 127.0
+
+
+# ---- What is compiled: plain PyTorch, as a user would write it ------------------------------------------------------------------
+def scales_of_rows(x):
+    scale = x.abs().amax(-1, keepdim=True).float() / QMAX
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def quantize_rows(x):
+    scale = scales_of_rows(x)
+    return torch.round(x.float() / scale).clamp(-QMAX, QMAX).to(torch.int8), scale
+
+
+def fake_quantize_rows(x):
+    """Per channel of axis 0, the scale from the channel's absolute maximum."""
+    scale = scales_of_rows(x)
+    return (torch.round(x.float() / scale).clamp(-QMAX, QMAX) * scale).to(x.dtype)
+
+
+def fake_quantize_static(x, scale):
+    return (torch.round(x.float() / scale).clamp(-QMAX, QMAX) * scale).to(x.dtype)
+
+
+def fake_quantize_backward(gradient, x, scale):
+    """The straight-through gradient, its mask recomputed."""
+    inside = torch.round(x.float() / scale).abs() <= QMAX
+    return torch.where(inside, gradient, torch.zeros_like(gradient))
+
+
+def norm_and_quantize(x, weight, bias):
+    return quantize_rows(F.layer_norm(x, (x.shape[-1],), weight, bias))
+
+
+# ---- Timing ---------------------------------------------------------------------------------------------------------------------
+def graph_of(function, sets):
+    """A CUDA graph of calls on every set, and their number. The inputs are larger than the L2 together."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for inputs in sets:
+                function(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    passes = max(1, 16 // len(sets))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(passes):
+            outputs = [function(*inputs) for inputs in sets]  # outputs rotate as the inputs do
+    del outputs
+    return graph, passes * len(sets)
+
+
+def measure(graphs, rounds):
+    """Median microseconds of a call of each graph; a round replays each once."""
+    times = [[] for _ in graphs]
+    for _ in range(rounds):
+        for (graph, calls), samples in zip(graphs, times):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            graph.replay()  # keeps the GPU busy while the host enqueues the timed one
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples.append(start.elapsed_time(end) * 1e3 / calls)
+    return [statistics.median(samples) for samples in times]
+
+
+# ---- Comparing ------------------------------------------------------------------------------------------------------------------
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
+def wrong(outputs, expected, step):
+    """What is wrong with outputs that may be one quantization step away from the eager ones; empty when nothing is."""
+    for got, want in zip(as_tuple(outputs), as_tuple(expected)):
+        if got.numel() != want.numel():
+            return f"shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+        got, want = got.float().reshape(want.shape), want.float()
+        outside = ~((got - want).abs() <= step + want.abs() * 2**-7)
+        if outside.any():
+            return f"{int(outside.sum())} of {want.numel()} elements differ"
+    return ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--library", default="build/lib/libvernier.so")
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--columns", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--out", help="write the JSON here instead of to stdout")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("compile_peers.py: no GPU was found")
+    torch.ops.load_library(options.library)
+    vernier = torch.ops.vernier
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+
+    m, k = options.rows, options.columns
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    count = max(2, math.ceil(2 * cache / (2 * m * k)) + 1)
+    new = lambda: torch.randn(m, k, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    xs = [new() for _ in range(count)]
+    gradients = [new() for _ in range(count)]
+    weight = torch.rand(k, device="cuda", dtype=torch.bfloat16) + 0.5
+    bias = torch.randn(k, device="cuda", dtype=torch.bfloat16) * 0.1
+    clipping = scales_of_rows(xs[0]) * 0.6
+    flat = clipping.flatten()
+    alone = [(x,) for x in xs]
+    with_gradient = list(zip(gradients, xs))
+    largest_step = float(scales_of_rows(xs[0]).max()) * 1.01
+
+    def compiled(function):
+        return torch.compile(function, dynamic=False)
+
+    channel = {"granularity": "per_channel", "axis": 0}
+    static, backward, norm = map(compiled, (fake_quantize_static, fake_quantize_backward, norm_and_quantize))
+
+    def dynamic_fake_quantize(x):
+        return vernier.fake_quantize(x, vernier.per_token_scale(x), **channel)
+
+    # work, variant, bytes an element, inputs, step allowed, eager, {implementation: function}
+    works = [
+        ("fake_quantize", "", 4, alone, largest_step, fake_quantize_rows,
+         {"vernier": dynamic_fake_quantize, "torch.compile": compiled(fake_quantize_rows)}),
+        ("fake_quantize", "static", 4, alone, largest_step, lambda x: fake_quantize_static(x, clipping),
+         {"vernier": lambda x: vernier.fake_quantize(x, flat, **channel), "torch.compile": lambda x: static(x, clipping)}),
+        # A code on the edge of the range may be inside for one division and outside for the other: such an element is allowed
+        # to be any gradient, the others have to agree.
+        ("fake_quantize", "backward", 6, with_gradient, None, lambda g, x: fake_quantize_backward(g, x, clipping),
+         {"vernier": lambda g, x: vernier.fake_quantize_backward(g, x, flat, **channel),
+          "torch.compile": lambda g, x: backward(g, x, clipping)}),
+        ("quantize", "", 3, alone, 1, quantize_rows,
+         {"vernier": vernier.quantize_per_token, "torch.compile": compiled(quantize_rows)}),
+        ("norm_quantize", "", 3, alone, 2, lambda x: norm_and_quantize(x, weight, bias),
+         {"torch.compile": lambda x: norm(x, weight, bias)}),
+    ]
+
+    rows, failed = [], False
+    for work, variant, bytes_an_element, sets, step, eager, implementations in works:
+        total = bytes_an_element * m * k
+        shape = f"{m}x{k}" + (f" {variant}" if variant else "")
+        sources = [torch.randint(256, (total // 2,), device="cuda", dtype=torch.uint8) for _ in sets]
+        names, graphs = ["copy"], [graph_of(torch.clone, [(source,) for source in sources])]
+        expected = eager(*sets[0])
+        for name, function in implementations.items():
+            got = function(*sets[0])
+            if step is None:
+                differing = int((got != expected).sum())
+                problem = f"{differing} elements differ" if differing > got.numel() * 1e-6 else ""
+            else:
+                problem = wrong(got, expected, step)
+            if problem:
+                failed = True
+                print(f"WRONG: {work} {shape}, {name}: {problem}", file=sys.stderr)
+                continue
+            names.append(name)
+            graphs.append(graph_of(function, sets))
+        times = measure(graphs, options.rounds)
+        for name, us in zip(names, times):
+            rows.append({"work": work, "shape": shape, "implementation": name, "us": round(us, 3),
+                         "gbs": round(total / us * 1e-3, 3), "speedup": round(times[0] / us, 3)})
+            print(f"{work} {shape}, {name}: {us:.1f} us, {times[0] / us:.2f} of a copy", file=sys.stderr)
+        del graphs, sources, expected
+
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"cuda": torch.version.cuda, "torch": torch.__version__},
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "rows": rows,
+    }
+    text = json.dumps(report, indent=2)
+    if options.out:
+        with open(options.out, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    else:
+        print(text)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
