@@ -192,10 +192,10 @@ struct LinearOperands {
     if (b) {
       check_tensor(*b, "bias", b->scalar_type() == dtype ? dtype : at::kFloat, x);
       VERNIER_CHECK(b->numel() == n, "bias has ", b->numel(), " elements, not ", n);
-      bias = b->to(dtype).contiguous();
+      bias = aligned(b->to(dtype));
     }
     codes = aligned(x), weight = aligned(w);
-    input_scale = x_scale.flatten().contiguous(), weight_scale = w_scale.flatten().contiguous();
+    input_scale = aligned(x_scale.flatten()), weight_scale = aligned(w_scale.flatten());
   }
 
   static Tensor aligned(const Tensor& tensor) {

@@ -78,6 +78,13 @@ struct Algorithms {
   int count = 0;
 };
 
+// What the matrices are aligned to, in bytes, as far as it matters to the library.
+uint32_t alignment_of(const Fp8GemmArguments& a) {
+  const bool aligned =
+      is_aligned(a.codes, 256) && is_aligned(a.weight, 256) && is_aligned(a.output, 256);
+  return aligned ? 256 : 16;
+}
+
 Algorithms find_algorithms(cublasLtHandle_t handle, Problem& problem, const Fp8GemmArguments& a) {
   cublasLtMatmulPreferenceOpaque_t preference;
   CublasLtStatus status;
@@ -88,7 +95,7 @@ Algorithms find_algorithms(cublasLtHandle_t handle, Problem& problem, const Fp8G
   };
   status.then([&] { return cublasLtMatmulPreferenceInit(&preference); });
   set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(a.workspace_bytes));
-  const uint32_t alignment = 16;
+  const uint32_t alignment = alignment_of(a);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment);
@@ -109,9 +116,10 @@ Algorithms find_algorithms(cublasLtHandle_t handle, Problem& problem, const Fp8G
   return algorithms;
 }
 
-// Device, m, n, k, formats, output, vector scales, bias, scaled, fast accumulation, workspace.
+// Device, m, n, k, formats, output, vector scales, bias, scaled, fast accumulation, workspace,
+// alignment.
 using ShapeKey = std::tuple<int, int64_t, int64_t, int64_t, NumberFormat, NumberFormat, ElementType,
-                            bool, bool, bool, bool, int64_t>;
+                            bool, bool, bool, bool, int64_t, uint32_t>;
 
 // The algorithm of each shape; one that is not usable says that there is none.
 class AlgorithmCache {
@@ -160,7 +168,8 @@ ShapeKey key_of(const Fp8GemmArguments& a, int device) {
           a.bias != nullptr,
           a.weight_scale != nullptr,
           a.fast_accumulation,
-          a.workspace_bytes};
+          a.workspace_bytes,
+          alignment_of(a)};
 }
 
 bool multiply(cublasLtHandle_t handle, Problem& problem, const Fp8GemmArguments& a,
