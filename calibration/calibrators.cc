@@ -1,5 +1,6 @@
 #include <vernier/calibration/calibrators.h>
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/fp8_format.h>
 
 #include <Eigen/Core>
 #include <algorithm>
@@ -60,13 +61,26 @@ Points points_of(const Histogram& histogram) {
           Eigen::Map<Eigen::ArrayXf>(counts.data(), n)};
 }
 
+// Values in units of the scale, rounded to the scheme's codes.
+Eigen::ArrayXf rounded_to_codes(const Eigen::ArrayXf& scaled, float low, float high,
+                                NumberFormat format) {
+  if (format == NumberFormat::integer) return scaled.max(low).min(high).rint();
+  Eigen::ArrayXf rounded(scaled.size());
+  with_fp8_format(format, [&](auto constant) {
+    using Format = Fp8<constant.value>;
+    for (Eigen::Index i = 0; i < scaled.size(); ++i)
+      rounded[i] = Format::to_float(Format::from_float(scaled[i]));
+  });
+  return rounded;
+}
+
 double squared_error(const Points& points, Range range, const Scheme& scheme) {
   const auto [scale, zero_point] = scale_from_range(range, scheme);
   const auto low = static_cast<float>(scheme.qmin() - zero_point);
   const auto high = static_cast<float>(scheme.qmax() - zero_point);
   // Divided by the scale, so that squares of tiny or huge values stay inside float.
   const Eigen::ArrayXf scaled = points.value / scale;
-  const Eigen::ArrayXf error = scaled - scaled.max(low).min(high).rint();
+  const Eigen::ArrayXf error = scaled - rounded_to_codes(scaled, low, high, scheme.format);
   return (error.square() * points.count).cast<double>().sum() * scale * static_cast<double>(scale);
 }
 
@@ -213,6 +227,8 @@ Range mse_range(const Histogram& histogram, const Scheme& scheme) {
 }
 
 Range entropy_range(const Histogram& histogram, const Scheme& scheme) {
+  VERNIER_CHECK(!scheme.is_fp8(), "the entropy calibrator counts evenly spaced levels, which ",
+                to_string(scheme.format), " does not have: use min_max, percentile or mse");
   const int64_t bins = histogram.bins();
   const int64_t levels = int64_t{1} << (scheme.bits - 1);
   std::vector<double> magnitude(bins);

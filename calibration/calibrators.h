@@ -47,7 +47,8 @@ Range mse_range(const Histogram& histogram, const Scheme& scheme);
 
 /// Least KL divergence between the distribution of magnitudes clipped at a and its image on the
 /// scheme's 2^(bits-1) levels (Migacz 2017, "8-bit inference with TensorRT"). Zeros have an exact
-/// code and take no part. Asymmetric: [-a, a] cut back to the bins in use.
+/// code and take no part. Asymmetric: [-a, a] cut back to the bins in use. Throws Error for e4m3
+/// and e5m2, whose levels are not evenly spaced.
 Range entropy_range(const Histogram& histogram, const Scheme& scheme);
 
 /// The range of a calibrator.

@@ -1,5 +1,6 @@
 #include <vernier/export/checkpoint.h>
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/fp8.h>
 #include <vernier/qat/layer.h>
 
 #include <map>
@@ -28,6 +29,8 @@ void write_tensor(hdf5::File& file, const std::string& path, const Tensor& tenso
       return write_as<double>(file, path, dense);
     case torch::kChar:
       return write_as<int8_t>(file, path, dense);
+    case torch::kByte:
+      return write_as<uint8_t>(file, path, dense);
     case torch::kInt:
       return write_as<int32_t>(file, path, dense);
     case torch::kLong:
@@ -63,6 +66,8 @@ Tensor read_tensor(const hdf5::File& file, const std::string& path) {
       return read_as<double>(file, path, info.shape, torch::kDouble);
     case hdf5::ElementType::int8:
       return read_as<int8_t>(file, path, info.shape, torch::kChar);
+    case hdf5::ElementType::uint8:
+      return read_as<uint8_t>(file, path, info.shape, torch::kByte);
     case hdf5::ElementType::int32:
       return read_as<int32_t>(file, path, info.shape, torch::kInt);
     case hdf5::ElementType::int64:
@@ -82,6 +87,7 @@ Tensor read_tensor(const hdf5::File& file, const std::string& path) {
 void write_quantizer(hdf5::File& file, const std::string& group, const std::string& prefix,
                      const QuantizerImpl& quantizer) {
   const Scheme& scheme = quantizer.scheme();
+  file.set_attribute(group, prefix + "_format", to_string(scheme.format));
   file.set_attribute(group, prefix + "_bits", scheme.bits);
   file.set_attribute(group, prefix + "_granularity", to_string(scheme.granularity));
   file.set_attribute(group, prefix + "_group_size", scheme.group_size);
@@ -97,6 +103,9 @@ void write_quantizer(hdf5::File& file, const std::string& group, const std::stri
 void read_quantizer(const hdf5::File& file, const std::string& group, const std::string& prefix,
                     QuantizerImpl& quantizer) {
   Scheme scheme;
+  // Absent from files that are older than the other formats.
+  if (file.has_attribute(group, prefix + "_format"))
+    scheme.format = number_format_from_string(file.attribute_string(group, prefix + "_format"));
   const int64_t bits = file.attribute_int(group, prefix + "_bits");
   VERNIER_CHECK(bits >= 2 && bits <= 8, prefix, "_bits is ", bits, ", not 2 to 8");
   scheme.bits = static_cast<int>(bits);
@@ -113,6 +122,20 @@ void read_quantizer(const hdf5::File& file, const std::string& group, const std:
   std::optional<Tensor> zero_point;
   if (!scheme.symmetric) zero_point = read_tensor(file, group + "/" + prefix + "_zero_point");
   quantizer.set_scale(read_tensor(file, group + "/" + prefix + "_scale"), zero_point);
+}
+
+// FP8 codes are stored as their bytes; the format tells what they are.
+void write_codes(hdf5::File& file, const std::string& path, const Tensor& codes) {
+  const bool bytes = codes.scalar_type() != torch::kChar;
+  write_tensor(file, path, bytes ? codes.contiguous().view(torch::kByte) : codes);
+}
+
+Tensor read_codes(const hdf5::File& file, const std::string& path, const Scheme& scheme) {
+  const Tensor codes = read_tensor(file, path);
+  if (!scheme.is_fp8()) return codes;
+  VERNIER_CHECK(codes.scalar_type() == torch::kByte, "the bytes of ", to_string(scheme.format),
+                " codes must be uint8, not ", c10::toString(codes.scalar_type()));
+  return codes.view(fp8_dtype(scheme.format));
 }
 
 // Whether a layer with `out` output channels can run with what was read.
@@ -167,7 +190,7 @@ void write_checkpoint(const torch::nn::Module& model, const CheckpointInfo& info
     file.create_group(group);
     write_quantizer(file, group, "input", *layer->input_quantizer);
     write_quantizer(file, group, "weight", *layer->weight_quantizer);
-    write_tensor(
+    write_codes(
         file, group + "/weight_codes",
         layer->weight_quantizer->codes(layer->float_weight().detach().to(torch::kFloat)).codes);
     tensors.erase(name + ".weight");
@@ -238,7 +261,8 @@ void Checkpoint::load_into(torch::nn::Module& model) const {
       read_quantizer(file_, group, "input", *layer->input_quantizer);
       read_quantizer(file_, group, "weight", *layer->weight_quantizer);
       check_quantizers(*layer, layer->float_weight().size(0));
-      layer->load_weight_codes(read_tensor(file_, group + "/weight_codes"));
+      layer->load_weight_codes(
+          read_codes(file_, group + "/weight_codes", layer->weight_quantizer->scheme()));
       layer->set_mode(Mode::integer);
     } catch (const Error& error) {
       throw Error(concat(where, ": layer '", name, "': ", error.what()));

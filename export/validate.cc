@@ -1,5 +1,6 @@
 #include <vernier/export/validate.h>
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/fp8.h>
 
 #include <cmath>
 
@@ -8,12 +9,22 @@ namespace {
 
 using torch::Tensor;
 
-int64_t differing(const Tensor& a, const Tensor& b) { return a.ne(b).sum().item<int64_t>(); }
+// FP8 codes as their bytes: there zeros differ by sign, and NaN equals itself.
+Tensor comparable(const Tensor& codes) {
+  return codes.element_size() == 1 ? codes.contiguous().view(torch::kByte) : codes;
+}
 
-// The integer codes, zero point taken off, that a fake-quantized tensor stands for: its values are
-// exact multiples of the scale but for one rounding, so the nearest multiple is the code.
-Tensor centred_codes(const Tensor& fake_quantized, const Tensor& scale) {
-  return fake_quantized.to(torch::kDouble).div(scale.to(torch::kDouble)).round();
+int64_t differing(const Tensor& a, const Tensor& b) {
+  return comparable(a).ne(comparable(b)).sum().item<int64_t>();
+}
+
+// The codes, zero point taken off, that a fake-quantized tensor stands for: its values are exact
+// multiples of the scale but for one rounding, so the nearest multiple, or value of the FP8 format,
+// is the code. Integers are float64, as they are summed; FP8 codes have their dtype.
+Tensor centred_codes(const Tensor& fake_quantized, const Tensor& scale, const Scheme& scheme) {
+  const Tensor multiples = fake_quantized.to(torch::kDouble).div(scale.to(torch::kDouble));
+  return scheme.is_fp8() ? multiples.to(torch::kFloat).to(fp8_dtype(scheme.format))
+                         : multiples.round();
 }
 
 // The larger of two, or NaN where one is: a maximum must not hide what is no number.
@@ -80,9 +91,11 @@ void Validator::compare_weight(QuantizedLayer& layer, LayerValidation& result) {
   const torch::NoGradGuard no_grad;
   const Tensor fake =
       layer.weight_quantizer->forward(layer.float_weight().detach().to(torch::kFloat));
-  const Tensor implied = centred_codes(fake, as_column(layer.weight_quantizer->scale()));
+  const Tensor implied = centred_codes(fake, as_column(layer.weight_quantizer->scale()),
+                                       layer.weight_quantizer->scheme());
   result.weight_codes = implied.numel();
-  result.weight_code_mismatches = differing(implied, layer.weight_codes().to(torch::kDouble));
+  result.weight_code_mismatches =
+      differing(implied, layer.weight_codes().to(implied.scalar_type()));
 }
 
 void Validator::add(const std::function<Tensor()>& run) {
@@ -114,18 +127,22 @@ void Validator::add(const std::function<Tensor()>& run) {
 
       const QuantizerImpl::Codes integer = layer.input_quantizer->codes(x);
       const Tensor scale = as_column(integer.scale);
-      const Tensor fake = centred_codes(layer.input_quantizer->forward(x.to(torch::kFloat)), scale);
-      Tensor centred = integer.codes.to(torch::kDouble);
+      const Tensor implied = centred_codes(layer.input_quantizer->forward(x.to(torch::kFloat)),
+                                           scale, layer.input_quantizer->scheme());
+      const Tensor fake = implied.to(torch::kDouble);
+      Tensor centred = integer.codes.to(implied.scalar_type());
       if (const auto zero_point = layer.input_quantizer->zero_point())
         centred -= zero_point->to(torch::kDouble);
       result.codes += fake.numel();
-      result.code_mismatches += differing(fake, centred);
+      result.code_mismatches += differing(implied, centred);
 
       const Tensor weight = layer.weight_codes().to(torch::kDouble);
-      const Tensor exact = fake.mm(weight.t());
-      result.accumulators += exact.numel();
-      result.accumulator_mismatches +=
-          differing(exact, layer.accumulators(integer.codes).to(torch::kDouble));
+      if (!layer.is_fp8()) {
+        const Tensor exact = fake.mm(weight.t());
+        result.accumulators += exact.numel();
+        result.accumulator_mismatches +=
+            differing(exact, layer.accumulators(integer.codes).to(torch::kDouble));
+      }
 
       const Tensor integer_y = layer.integer_forward(x).to(torch::kDouble);
       const Tensor fake_y = output.reshape({x.size(0), -1}).to(torch::kDouble);
@@ -141,6 +158,8 @@ void Validator::add(const std::function<Tensor()>& run) {
         unit +=
             (output.scalar_type() == torch::kHalf ? std::ldexp(1.0, -10) : std::ldexp(1.0, -7)) /
             static_cast<double>(k + 8);
+      // FP8 tensor cores round their sums more coarsely than float32.
+      if (layer.is_fp8() && x.is_cuda()) unit += kFp8TensorCoreError / static_cast<double>(k + 8);
       bound = bound.to(torch::kDouble) * (static_cast<double>(k + 8) * unit);
       result.outputs += difference.numel();
       result.outside_bound += difference.le(bound).logical_not().sum().item<int64_t>();  // or NaN

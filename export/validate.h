@@ -21,7 +21,8 @@ struct LayerValidation {
   int64_t weight_codes = 0;
   int64_t weight_code_mismatches = 0;
 
-  int64_t accumulators = 0;  ///< int32 accumulators compared with exact sums of fake-quant codes
+  /// int32 accumulators compared with exact sums of fake-quant codes; none in FP8 layers
+  int64_t accumulators = 0;
   int64_t accumulator_mismatches = 0;  ///< of them different
 
   int64_t outputs = 0;        ///< layer outputs compared
@@ -58,8 +59,10 @@ struct ValidationReport {
 /// outputs y, y' against
 ///   |y - y'| <= (K + 8) 2^-24 (scale_x scale_w sum |x||w| + |bias|),
 /// the bound of float32 summation in any order (Higham 2002, eq. 3.5) plus the epilogue's
-/// roundings. Over the whole model: how many codes the two runs, each on its own activations,
-/// disagree in, and how far the outputs are apart.
+/// roundings. FP8 layers have no exact accumulators: there the codes are compared bit for bit, and
+/// the outputs against the same bound, to which a GPU's FP8 tensor cores add kFp8TensorCoreError
+/// (kernels/fp8.h) of sum |x||w|. Over the whole model: how many codes the two runs, each on its
+/// own activations, disagree in, and how far the outputs are apart.
 class Validator {
  public:
   /// Throws Error when a layer that is to be quantized is not calibrated.

@@ -4,6 +4,7 @@
 #include <vernier/kernels/math_functions.h>
 
 #include <string>
+#include <string_view>
 
 namespace vernier {
 
@@ -12,7 +13,7 @@ enum class Activation { none, relu, gelu, gelu_tanh, silu };
 
 std::string to_string(Activation activation);
 /// Throws Error for an unknown name.
-Activation activation_from_string(const std::string& name);
+Activation activation_from_string(std::string_view name);
 
 /// The function of math_functions.h that an activation names.
 VERNIER_HOST_DEVICE inline float activate(Activation activation, float x) {

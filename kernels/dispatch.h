@@ -1,11 +1,13 @@
-// What the dispatch files (quantize.cc, statistics.cc, int8_gemm.cc) share: from at::Tensor to raw
-// arguments; internal.
+// What the dispatch files (quantize.cc, statistics.cc, int8_gemm.cc, fp8.cc) share: from at::Tensor
+// to raw arguments; internal.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <vernier/kernels/element_type.h>
 #include <vernier/kernels/error.h>
+
+#include <algorithm>
 
 #ifdef VERNIER_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -46,6 +48,30 @@ inline int64_t rows_of(const at::Tensor& tensor) {
 
 /// Size of the last axis; 1 for a scalar.
 inline int64_t columns_of(const at::Tensor& tensor) { return tensor.dim() ? tensor.size(-1) : 1; }
+
+/// Which scale each element of `input` has under a scheme. Throws Error when the group size or the
+/// axis do not fit the tensor.
+inline ScaleMap scale_map_of(const at::Tensor& input, const Scheme& scheme, int64_t axis) {
+  const int64_t numel = input.numel(), columns = columns_of(input), dim = input.dim();
+  switch (scheme.granularity) {
+    case Granularity::per_tensor:
+      return {std::max<int64_t>(numel, 1), 1};
+    case Granularity::per_token:
+      return {std::max<int64_t>(columns, 1), rows_of(input)};
+    case Granularity::per_group:
+      VERNIER_CHECK(columns % scheme.group_size == 0, "group_size ", scheme.group_size,
+                    " does not divide the last axis of ", input.sizes());
+      return {scheme.group_size, numel / scheme.group_size};
+    case Granularity::per_channel:
+      break;
+  }
+  VERNIER_CHECK(axis >= -dim && axis < dim, "axis ", axis, " is outside a tensor of shape ",
+                input.sizes());
+  axis = axis < 0 ? axis + dim : axis;
+  int64_t inner = 1;
+  for (int64_t i = axis + 1; i < dim; ++i) inner *= input.size(i);
+  return {std::max<int64_t>(inner, 1), input.size(axis)};
+}
 
 #ifdef VERNIER_WITH_CUDA
 /// Makes a tensor's GPU current while it lives and names the stream to enqueue on.

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 #include <vernier/kernels/fake_quantize.h>
 #include <vernier/kernels/fake_quantize_device.h>
+#include <vernier/kernels/fp8.h>
 #include <vernier/kernels/quantize_dispatch.h>
 
 namespace vernier {
@@ -65,7 +66,7 @@ std::tuple<Tensor, Tensor> fake_quantize_dynamic_kernel(const Tensor& input, int
   arguments.input = x.const_data_ptr();
   arguments.input_type = element_type_of(x.scalar_type(), "input");
   arguments.numel = x.numel();
-  arguments.map = scale_map(x, scheme, axis);
+  arguments.map = scale_map_of(x, scheme, axis);
   arguments.qmin = scheme.qmin();
   arguments.qmax = scheme.qmax();
   Tensor output = at::empty(x.sizes(), x.options());
@@ -373,6 +374,7 @@ TORCH_LIBRARY_IMPL(vernier, Autograd, m) {
 Tensor fake_quantize(const Tensor& input, const Tensor& scale, const OptionalTensor& zero_point,
                      const Scheme& scheme, int64_t axis) {
   check_zero_point(scheme, zero_point);
+  if (scheme.is_fp8()) return fake_quantize_fp8(input, scale, scheme, axis);
   return fake_quantize_operator().call(input, scale, zero_point, scheme.bits,
                                        to_string(scheme.granularity), axis, scheme.group_size,
                                        scheme.narrow_range);

@@ -247,8 +247,8 @@ __device__ void write_gradients(const LearnedGradients& gradients, int64_t index
                                 const WideSums& total) {
   gradients.scale[index] = static_cast<float>(total.scale * gradients.gradient_scale);
   if (gradients.zero_point)
-    gradients.zero_point[index] = static_cast<float>(-static_cast<double>(scale) * total.clipped *
-                                                     gradients.gradient_scale);
+    gradients.zero_point[index] =
+        static_cast<float>(-static_cast<double>(scale) * total.clipped * gradients.gradient_scale);
 }
 
 // Scales of kLanes consecutive vectors each, which as many threads of a warp add up at once.

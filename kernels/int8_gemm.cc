@@ -6,6 +6,7 @@
 #include <vernier/kernels/int8_gemm.h>
 #include <vernier/kernels/int8_gemm_device.h>
 
+#include <deque>
 #include <limits>
 
 namespace vernier {
@@ -70,17 +71,29 @@ Tensor int8_matmul_reference(const Tensor& codes, const Tensor& weight) {
 }
 
 #ifdef VERNIER_WITH_CUDA
+// codes and weight are contiguous and no size is 0.
+void run_cuda(const Tensor& codes, const Tensor& weight, const EpilogueArguments& arguments) {
+  const CudaScope scope(codes);
+  const int64_t k = codes.size(1);
+  const int64_t bytes =
+      cuda::int8_gemm_workspace_bytes(arguments.rows, arguments.columns, k, arguments.output_type);
+  Tensor workspace;
+  if (bytes > 0) workspace = at::empty({bytes}, codes.options().dtype(at::kByte));
+  cuda::int8_gemm(codes.const_data_ptr<int8_t>(), weight.const_data_ptr<int8_t>(), k, arguments,
+                  bytes > 0 ? workspace.data_ptr() : nullptr, bytes, scope.stream());
+}
+
 Tensor int8_matmul_cuda(const Tensor& codes, const Tensor& weight) {
   check_operands(codes, weight);
   const int64_t m = codes.size(0), n = weight.size(0), k = codes.size(1);
   if (m == 0 || n == 0 || k == 0) return at::full({m, n}, 0, codes.options().dtype(at::kInt));
-  const Tensor a = codes.contiguous(), b = weight.contiguous();
   Tensor out = at::empty({m, n}, codes.options().dtype(at::kInt));
-  const CudaScope scope(codes);
-  const int64_t bytes = cuda::int8_workspace_bytes(m, n, k);
-  Tensor workspace = at::empty({bytes}, codes.options().dtype(at::kByte));
-  cuda::int8_matmul(a.const_data_ptr<int8_t>(), b.const_data_ptr<int8_t>(), m, n, k,
-                    out.data_ptr<int32_t>(), workspace.data_ptr(), bytes, scope.stream());
+  EpilogueArguments arguments;
+  arguments.rows = m;
+  arguments.columns = n;
+  arguments.output = out.data_ptr();
+  arguments.output_type = GemmOutput::i32;
+  run_cuda(codes.contiguous(), weight.contiguous(), arguments);
   return out;
 }
 #endif
@@ -94,66 +107,144 @@ auto& int8_matmul_operator() {
   return op;
 }
 
+GemmOutput output_type_of(at::ScalarType dtype) {
+  switch (element_type_of(dtype, "dtype")) {
+    case ElementType::f32:
+      return GemmOutput::f32;
+    case ElementType::f16:
+      return GemmOutput::f16;
+    case ElementType::bf16:
+      break;
+  }
+  return GemmOutput::bf16;
+}
+
+// Checked, contiguous operands, kept alive beside the raw arguments that point into them.
+class Prepared {
+ public:
+  Prepared(const Int8LinearOperands& o) : codes_(o.codes), weight_(o.weight) {
+    check_operands(codes_, weight_);
+    const int64_t m = codes_.size(0), n = weight_.size(0);
+    check_tensor(o.input_scale, "input_scale", at::kFloat, codes_);
+    check_tensor(o.weight_scale, "weight_scale", at::kFloat, codes_);
+    VERNIER_CHECK(o.input_scale.numel() == 1 || o.input_scale.numel() == m, "input_scale has ",
+                  o.input_scale.numel(), " elements: it needs 1 or one a row, ", m);
+    VERNIER_CHECK(o.weight_scale.numel() == 1 || o.weight_scale.numel() == n, "weight_scale has ",
+                  o.weight_scale.numel(), " elements: it needs 1 or one an output channel, ", n);
+    if (o.bias) {
+      check_tensor(*o.bias, "bias", at::kFloat, codes_);
+      VERNIER_CHECK(o.bias->numel() == n, "bias has ", o.bias->numel(), " elements, not ", n);
+    }
+    VERNIER_CHECK(o.input_zero_point.has_value() == o.weight_sum.has_value(),
+                  "input_zero_point and weight_sum go together: give both or neither");
+    if (o.input_zero_point) {
+      check_tensor(*o.input_zero_point, "input_zero_point", at::kInt, codes_);
+      check_tensor(*o.weight_sum, "weight_sum", at::kInt, codes_);
+      VERNIER_CHECK(o.input_zero_point->numel() == 1 && o.weight_sum->numel() == n,
+                    "input_zero_point must have 1 element and weight_sum ", n, ", not ",
+                    o.input_zero_point->numel(), " and ", o.weight_sum->numel());
+      VERNIER_CHECK(
+          codes_.size(1) <= kMaxInt8GemmKAsymmetric, "K = ", codes_.size(1),
+          " could overflow int32 with asymmetric activations: use symmetric ones or K <= ",
+          kMaxInt8GemmKAsymmetric);
+    }
+    arguments_.rows = m;
+    arguments_.columns = n;
+    arguments_.input_scale = keep(o.input_scale).const_data_ptr<float>();
+    arguments_.input_scale_per_row = o.input_scale.numel() > 1;
+    arguments_.weight_scale = keep(o.weight_scale).const_data_ptr<float>();
+    arguments_.weight_scale_per_column = o.weight_scale.numel() > 1;
+    if (o.bias) arguments_.bias = keep(*o.bias).const_data_ptr<float>();
+    if (o.input_zero_point) {
+      arguments_.input_zero_point = keep(*o.input_zero_point).const_data_ptr<int32_t>();
+      arguments_.weight_sum = keep(*o.weight_sum).const_data_ptr<int32_t>();
+    }
+    arguments_.activation = o.activation;
+  }
+
+  void requantize(const Tensor& scale, const OptionalTensor& zero_point, const Scheme& scheme) {
+    check_tensor(scale, "output_scale", at::kFloat, codes_);
+    VERNIER_CHECK(scale.numel() == 1, "output_scale has ", scale.numel(),
+                  " elements: codes for a next layer have one scale");
+    if (zero_point) {
+      check_tensor(*zero_point, "output_zero_point", at::kInt, codes_);
+      VERNIER_CHECK(zero_point->numel() == 1, "output_zero_point has ", zero_point->numel(),
+                    " elements, not 1");
+      arguments_.output_zero_point = keep(*zero_point).const_data_ptr<int32_t>();
+    }
+    arguments_.output_scale = keep(scale).const_data_ptr<float>();
+    arguments_.qmin = scheme.qmin();
+    arguments_.qmax = scheme.qmax();
+  }
+
+  Tensor run(at::ScalarType dtype, GemmOutput type) {
+    Tensor output = at::empty({arguments_.rows, arguments_.columns}, codes_.options().dtype(dtype));
+    if (output.numel() == 0) return output;
+    arguments_.output = output.data_ptr();
+    arguments_.output_type = type;
+#ifdef VERNIER_WITH_CUDA
+    if (codes_.is_cuda() && codes_.size(1) > 0) {
+      run_cuda(codes_.contiguous(), weight_.contiguous(), arguments_);
+      return output;
+    }
+#endif
+    const Tensor accumulators = int8_matmul_operator().call(codes_, weight_);
+    on_device_of(
+        codes_, [&] { cpu::int8_epilogue(accumulators.const_data_ptr<int32_t>(), arguments_); },
+        [&](void* stream) {
+          cuda::int8_epilogue(accumulators.const_data_ptr<int32_t>(), arguments_, stream);
+        });
+    return output;
+  }
+
+ private:
+  const Tensor& keep(const Tensor& tensor) { return kept_.emplace_back(tensor.contiguous()); }
+
+  Tensor codes_, weight_;
+  std::deque<Tensor> kept_;
+  EpilogueArguments arguments_;
+};
+
 Tensor int8_linear_kernel(const Tensor& codes, const Tensor& weight, const Tensor& input_scale,
                           const Tensor& weight_scale, const OptionalTensor& bias,
                           const OptionalTensor& input_zero_point, const OptionalTensor& weight_sum,
-                          at::ScalarType dtype) {
-  check_operands(codes, weight);
-  const int64_t m = codes.size(0), n = weight.size(0);
-  check_tensor(input_scale, "input_scale", at::kFloat, codes);
-  check_tensor(weight_scale, "weight_scale", at::kFloat, codes);
-  VERNIER_CHECK(input_scale.numel() == 1 || input_scale.numel() == m, "input_scale has ",
-                input_scale.numel(), " elements: it needs 1 or one a row, ", m);
-  VERNIER_CHECK(weight_scale.numel() == 1 || weight_scale.numel() == n, "weight_scale has ",
-                weight_scale.numel(), " elements: it needs 1 or one an output channel, ", n);
-  if (bias) {
-    check_tensor(*bias, "bias", at::kFloat, codes);
-    VERNIER_CHECK(bias->numel() == n, "bias has ", bias->numel(), " elements, not ", n);
-  }
-  VERNIER_CHECK(input_zero_point.has_value() == weight_sum.has_value(),
-                "input_zero_point and weight_sum go together: give both or neither");
-  if (input_zero_point) {
-    check_tensor(*input_zero_point, "input_zero_point", at::kInt, codes);
-    check_tensor(*weight_sum, "weight_sum", at::kInt, codes);
-    VERNIER_CHECK(input_zero_point->numel() == 1 && weight_sum->numel() == n,
-                  "input_zero_point must have 1 element and weight_sum ", n, ", not ",
-                  input_zero_point->numel(), " and ", weight_sum->numel());
-    VERNIER_CHECK(codes.size(1) <= kMaxInt8GemmKAsymmetric, "K = ", codes.size(1),
-                  " could overflow int32 with asymmetric activations: use symmetric ones or K <= ",
-                  kMaxInt8GemmKAsymmetric);
-  }
+                          at::ScalarType dtype, std::string_view activation) {
+  const GemmOutput type = output_type_of(dtype);
+  Prepared prepared({codes, weight, input_scale, weight_scale, bias, input_zero_point, weight_sum,
+                     activation_from_string(activation)});
+  return prepared.run(dtype, type);
+}
 
-  const Tensor accumulators = int8_matmul_operator().call(codes, weight);
-  const Tensor row_scale = input_scale.contiguous(), column_scale = weight_scale.contiguous();
-  const Tensor dense_bias = bias ? bias->contiguous() : Tensor();
-  const Tensor dense_sum = weight_sum ? weight_sum->contiguous() : Tensor();
-  Tensor output = at::empty({m, n}, codes.options().dtype(dtype));
-  EpilogueArguments arguments;
-  arguments.output_type = element_type_of(dtype, "dtype");
-  arguments.accumulators = accumulators.const_data_ptr<int32_t>();
-  arguments.rows = m;
-  arguments.columns = n;
-  arguments.input_scale = row_scale.const_data_ptr<float>();
-  arguments.input_scale_per_row = row_scale.numel() > 1;
-  arguments.weight_scale = column_scale.const_data_ptr<float>();
-  arguments.weight_scale_per_column = column_scale.numel() > 1;
-  if (bias) arguments.bias = dense_bias.const_data_ptr<float>();
-  if (input_zero_point) {
-    arguments.input_zero_point = input_zero_point->const_data_ptr<int32_t>();
-    arguments.weight_sum = dense_sum.const_data_ptr<int32_t>();
-  }
-  arguments.output = output.data_ptr();
-  if (output.numel() == 0) return output;
-  on_device_of(
-      codes, [&] { cpu::int8_epilogue(arguments); },
-      [&](void* stream) { cuda::int8_epilogue(arguments, stream); });
-  return output;
+Tensor int8_linear_requantize_kernel(const Tensor& codes, const Tensor& weight,
+                                     const Tensor& input_scale, const Tensor& weight_scale,
+                                     const OptionalTensor& bias,
+                                     const OptionalTensor& input_zero_point,
+                                     const OptionalTensor& weight_sum, const Tensor& output_scale,
+                                     const OptionalTensor& output_zero_point, int64_t bits,
+                                     bool narrow_range, std::string_view activation) {
+  Scheme scheme;
+  VERNIER_CHECK(bits >= 2 && bits <= 8, "bits must be 2 to 8, not ", bits);
+  scheme.bits = static_cast<int>(bits);
+  scheme.symmetric = !output_zero_point.has_value();
+  scheme.narrow_range = narrow_range;
+  Prepared prepared({codes, weight, input_scale, weight_scale, bias, input_zero_point, weight_sum,
+                     activation_from_string(activation)});
+  prepared.requantize(output_scale, output_zero_point, scheme);
+  return prepared.run(at::kChar, GemmOutput::i8);
 }
 
 Tensor int8_linear_meta(const Tensor& codes, const Tensor& weight, const Tensor&, const Tensor&,
                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                        at::ScalarType dtype) {
+                        at::ScalarType dtype, std::string_view) {
   return at::empty_symint({codes.sym_size(0), weight.sym_size(0)}, codes.options().dtype(dtype));
+}
+
+Tensor int8_linear_requantize_meta(const Tensor& codes, const Tensor& weight, const Tensor&,
+                                   const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                   const OptionalTensor&, const Tensor&, const OptionalTensor&,
+                                   int64_t, bool, std::string_view) {
+  return at::empty_symint({codes.sym_size(0), weight.sym_size(0)},
+                          codes.options().dtype(at::kChar));
 }
 
 }  // namespace
@@ -161,26 +252,35 @@ Tensor int8_linear_meta(const Tensor& codes, const Tensor& weight, const Tensor&
 TORCH_LIBRARY_FRAGMENT(vernier, m) {
   m.def("int8_matmul(Tensor codes, Tensor weight) -> Tensor");
   m.def("int8_matmul_reference(Tensor codes, Tensor weight) -> Tensor");
-  m.def(
-      "int8_linear(Tensor codes, Tensor weight, Tensor input_scale, Tensor weight_scale, Tensor? "
-      "bias=None, Tensor? input_zero_point=None, Tensor? weight_sum=None, *, ScalarType "
-      "dtype=float) -> Tensor");
+  const std::string operands =
+      "Tensor codes, Tensor weight, Tensor input_scale, Tensor weight_scale, Tensor? bias=None, "
+      "Tensor? input_zero_point=None, Tensor? weight_sum=None";
+  m.def(("int8_linear(" + operands +
+         ", *, ScalarType dtype=float, str activation=\"none\") -> Tensor")
+            .c_str());
+  m.def(("int8_linear_requantize(" + operands +
+         ", *, Tensor output_scale, Tensor? output_zero_point=None, int bits=8, bool "
+         "narrow_range=True, str activation=\"none\") -> Tensor")
+            .c_str());
 }
 TORCH_LIBRARY_IMPL(vernier, CPU, m) {
   m.impl("int8_matmul", TORCH_FN(int8_matmul_cpu));
   m.impl("int8_matmul_reference", TORCH_FN(int8_matmul_reference));
   m.impl("int8_linear", TORCH_FN(int8_linear_kernel));
+  m.impl("int8_linear_requantize", TORCH_FN(int8_linear_requantize_kernel));
 }
 #ifdef VERNIER_WITH_CUDA
 TORCH_LIBRARY_IMPL(vernier, CUDA, m) {
   m.impl("int8_matmul", TORCH_FN(int8_matmul_cuda));
   m.impl("int8_linear", TORCH_FN(int8_linear_kernel));
+  m.impl("int8_linear_requantize", TORCH_FN(int8_linear_requantize_kernel));
 }
 #endif
 TORCH_LIBRARY_IMPL(vernier, Meta, m) {
   m.impl("int8_matmul", TORCH_FN(int8_matmul_meta));
   m.impl("int8_matmul_reference", TORCH_FN(int8_matmul_meta));
   m.impl("int8_linear", TORCH_FN(int8_linear_meta));
+  m.impl("int8_linear_requantize", TORCH_FN(int8_linear_requantize_meta));
 }
 
 int64_t max_int8_gemm_k(const Scheme& activations, const Scheme& weights) {
@@ -197,13 +297,47 @@ Tensor int8_matmul(const Tensor& codes, const Tensor& weight) {
   return int8_matmul_operator().call(codes, weight);
 }
 
+Tensor int8_linear(const Int8LinearOperands& o, at::ScalarType dtype) {
+  static const auto op = operator_handle<decltype(int8_linear_kernel)>("vernier::int8_linear");
+  return op.call(o.codes, o.weight, o.input_scale, o.weight_scale, o.bias, o.input_zero_point,
+                 o.weight_sum, dtype, to_string(o.activation));
+}
+
 Tensor int8_linear(const Tensor& codes, const Tensor& weight, const Tensor& input_scale,
                    const Tensor& weight_scale, const OptionalTensor& bias,
                    const OptionalTensor& input_zero_point, const OptionalTensor& weight_sum,
                    at::ScalarType dtype) {
-  static const auto op = operator_handle<decltype(int8_linear_kernel)>("vernier::int8_linear");
-  return op.call(codes, weight, input_scale, weight_scale, bias, input_zero_point, weight_sum,
-                 dtype);
+  return int8_linear({codes, weight, input_scale, weight_scale, bias, input_zero_point, weight_sum},
+                     dtype);
+}
+
+Tensor int8_linear_requantize(const Int8LinearOperands& o, const Tensor& output_scale,
+                              const OptionalTensor& output_zero_point, const Scheme& scheme) {
+  static const auto op =
+      operator_handle<decltype(int8_linear_requantize_kernel)>("vernier::int8_linear_requantize");
+  scheme.check();
+  VERNIER_CHECK(scheme.granularity == Granularity::per_tensor && !scheme.is_fp8(),
+                "codes for a next layer are per_tensor integers, not ", to_string(scheme));
+  VERNIER_CHECK(scheme.symmetric == !output_zero_point.has_value(),
+                "output_zero_point goes with an asymmetric scheme, and only with one");
+  return op.call(o.codes, o.weight, o.input_scale, o.weight_scale, o.bias, o.input_zero_point,
+                 o.weight_sum, output_scale, output_zero_point, scheme.bits, scheme.narrow_range,
+                 to_string(o.activation));
+}
+
+Int8GemmKernel int8_gemm_kernel(int64_t m, int64_t n, int64_t k) {
+#ifdef VERNIER_WITH_CUDA
+  auto [name, reason] = cuda::int8_gemm_kernel(m, n, k);
+  return {std::move(name), std::move(reason)};
+#else
+  throw Error("int8_gemm_kernel: this build of Vernier has no CUDA parts");
+#endif
+}
+
+void set_int8_gemm_autotune([[maybe_unused]] bool on) {
+#ifdef VERNIER_WITH_CUDA
+  cuda::set_int8_gemm_autotune(on);
+#endif
 }
 
 }  // namespace vernier

@@ -1,7 +1,14 @@
 #include <vernier/kernels/error.h>
 #include <vernier/kernels/int8_gemm_choice.h>
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <fstream>
+#include <sstream>
+#include <system_error>
 
 namespace vernier {
 namespace {
@@ -55,6 +62,63 @@ GemmChoice choose_configuration(int64_t m, int64_t n, int64_t k, int multiproces
     if (i == 0 || choice.cycles < best.cycles) best = choice;
   }
   return best;
+}
+
+GemmTuningCache::GemmTuningCache(std::filesystem::path file) : file_(std::move(file)) {
+  if (file_.empty()) return;
+  std::ifstream in(file_);
+  std::string line;
+  while (fastest_.size() < kMostShapes && std::getline(in, line)) {
+    std::istringstream fields(line);
+    Shape shape;
+    std::string name;
+    if (!(fields >> shape[0] >> shape[1] >> shape[2] >> name)) continue;
+    const auto found = std::find_if(std::begin(kConfigurations), std::end(kConfigurations),
+                                    [&](const GemmConfiguration& c) { return c.name == name; });
+    if (found != std::end(kConfigurations))
+      fastest_[shape] = static_cast<int>(found - std::begin(kConfigurations));
+  }
+}
+
+std::optional<int> GemmTuningCache::find(int64_t m, int64_t n, int64_t k) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = fastest_.find({m, n, k});
+  return found == fastest_.end() ? std::nullopt : std::optional(found->second);
+}
+
+void GemmTuningCache::store(int64_t m, int64_t n, int64_t k, int configuration) {
+  const std::lock_guard lock(mutex_);
+  if (fastest_.size() >= kMostShapes) return;
+  fastest_[{m, n, k}] = configuration;
+  if (!file_.empty()) write();
+}
+
+void GemmTuningCache::write() const {
+  std::error_code error;
+  std::filesystem::create_directories(file_.parent_path(), error);
+  const std::filesystem::path beside = file_.string() + "." + std::to_string(::getpid());
+  std::ofstream out(beside);
+  for (const auto& [shape, configuration] : fastest_)
+    out << shape[0] << ' ' << shape[1] << ' ' << shape[2] << ' '
+        << kConfigurations[configuration].name << '\n';
+  out.close();
+  if (out) std::filesystem::rename(beside, file_, error);
+  if (!out || error) std::filesystem::remove(beside, error);
+}
+
+std::filesystem::path gemm_tuning_file(const std::string& gpu) {
+  const auto variable = [](const char* name) -> std::filesystem::path {
+    const char* const value = std::getenv(name);
+    return value ? value : "";
+  };
+  std::filesystem::path folder = variable("VERNIER_CACHE_DIR");
+  if (folder.empty() && !variable("XDG_CACHE_HOME").empty())
+    folder = variable("XDG_CACHE_HOME") / "vernier";
+  if (folder.empty() && !variable("HOME").empty()) folder = variable("HOME") / ".cache" / "vernier";
+  if (folder.empty()) return {};
+  std::string model;
+  for (const char c : gpu) model += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
+  return folder / ("int8_gemm-" + model + "-" VERNIER_VERSION ".txt");
 }
 
 }  // namespace vernier

@@ -1,11 +1,15 @@
-#include <cublasLt.h>
+#include <vernier/kernels/cublaslt.h>
 #include <vernier/kernels/int8_gemm_choice.h>
 #include <vernier/kernels/int8_gemm_device.h>
 #include <vernier/kernels/int8_gemm_sm90.h>
 #include <vernier/kernels/launch.h>
 
+#include <atomic>
+#include <cstdlib>
+#include <limits>
 #include <map>
 #include <mutex>
+#include <string_view>
 #include <tuple>
 
 namespace vernier::cuda {
@@ -159,17 +163,6 @@ class Scratch {
 
 constexpr int64_t kLibraryWorkspace = int64_t{32} << 20;
 
-// One handle a device, made at its first use. They live as long as the process: at exit the CUDA
-// runtime may be gone before static objects are.
-cublasLtHandle_t library_handle(int device) {
-  static std::mutex mutex;
-  static auto& handles = *new std::map<int, cublasLtHandle_t>;
-  const std::lock_guard lock(mutex);
-  cublasLtHandle_t& handle = handles[device];
-  if (!handle && cublasLtCreate(&handle) != CUBLAS_STATUS_SUCCESS) handle = nullptr;
-  return handle;
-}
-
 // Our row-major accumulators [m, n] = codes [m, k] * weight [n, k]^T are, read by columns, the [n,
 // m] product of the weight's transpose and the codes: the "TN" form, the one that int8 tensor cores
 // are offered in.
@@ -257,7 +250,7 @@ Algorithm choose_algorithm(cublasLtHandle_t handle, Problem& problem, uint32_t a
 bool library_matmul(const int8_t* codes, const int8_t* weight, int64_t m, int64_t n, int64_t k,
                     int32_t* result, void* workspace, cudaStream_t stream) {
   const int device = current_device();
-  const cublasLtHandle_t handle = library_handle(device);
+  const cublasLtHandle_t handle = cublaslt_handle(device);
   Problem problem;
   if (!handle || !problem.init(m, n, k)) return false;
   const bool aligned = is_aligned(codes, 256) && is_aligned(weight, 256) && is_aligned(result, 256);
@@ -343,31 +336,79 @@ void run_epilogue(const int32_t* accumulators, const EpilogueArguments& a, void*
          vectors_per_row);
 }
 
-void epilogue(const int32_t* accumulators, const EpilogueArguments& a, void* stream) {
-  constexpr int V = 4;
-  const bool vectors = a.columns % V == 0 && is_aligned(accumulators, 16) &&
-                       (!a.weight_scale_per_column || is_aligned(a.weight_scale, 16)) &&
-                       is_aligned(a.bias, 16) && is_aligned(a.weight_sum, 16) &&
-                       is_aligned(a.output, 16);
-  const auto run = [&]<typename T>(T*) {
-    if (vectors) {
-      run_epilogue<T, V>(accumulators, a, stream);
-    } else {
-      run_epilogue<T, 1>(accumulators, a, stream);
+// ---- Choice -------------------------------------------------------------------------------------
+
+std::atomic<bool>& autotune() {
+  static std::atomic<bool> on = [] {
+    const char* const value = std::getenv("VERNIER_AUTOTUNE");
+    return value && std::string_view(value) == "1";
+  }();
+  return on;
+}
+
+// One cache a device, of its model's file.
+GemmTuningCache& tuning_cache() {
+  static std::mutex mutex;
+  static auto& caches = *new std::map<int, GemmTuningCache>;
+  const std::lock_guard lock(mutex);
+  const int device = current_device();
+  const auto found = caches.find(device);
+  if (found != caches.end()) return found->second;
+  cudaDeviceProp properties = {};
+  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  return caches.try_emplace(device, gemm_tuning_file(properties.name)).first->second;
+}
+
+class Event {
+ public:
+  Event() { check(cudaEventCreate(&event_), "cudaEventCreate"); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  ~Event() { cudaEventDestroy(event_); }
+  cudaEvent_t get() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+/// The configuration that computes this very product fastest; the output is written many times.
+int fastest_configuration(const int8_t* codes, const int8_t* weight, int64_t k,
+                          const EpilogueArguments& e, void* stream) {
+  constexpr int kRuns = 5;
+  const Event start, end;
+  int best = 0;
+  float least = std::numeric_limits<float>::infinity();
+  for (int i = 0; i < static_cast<int>(gemm_configurations().size()); ++i) {
+    for (int run = -1; run < kRuns; ++run) {  // the first is not timed
+      check(cudaEventRecord(start.get(), as_stream(stream)), kName);
+      sm90::int8_gemm(i, codes, weight, k, e, stream);
+      check(cudaEventRecord(end.get(), as_stream(stream)), kName);
+      check(cudaEventSynchronize(end.get()), kName);
+      float time = 0;
+      check(cudaEventElapsedTime(&time, start.get(), end.get()), kName);
+      if (run < 0 || time >= least) continue;
+      least = time;
+      best = i;
     }
-  };
-  switch (a.output_type) {
-    case GemmOutput::i8:
-      return run(static_cast<int8_t*>(nullptr));
-    case GemmOutput::f32:
-      return with_element_type(ElementType::f32, run);
-    case GemmOutput::f16:
-      return with_element_type(ElementType::f16, run);
-    case GemmOutput::bf16:
-      return with_element_type(ElementType::bf16, run);
-    case GemmOutput::i32:
-      break;
   }
+  return best;
+}
+
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(as_stream(stream), &status), kName);
+  return status != cudaStreamCaptureStatusNone;
+}
+
+int configuration_for(const int8_t* codes, const int8_t* weight, int64_t k,
+                      const EpilogueArguments& e, void* stream) {
+  const int64_t m = e.rows, n = e.columns;
+  if (const auto known = tuning_cache().find(m, n, k)) return *known;
+  if (!autotune() || is_capturing(stream))
+    return choose_configuration(m, n, k, multiprocessors()).index;
+  const int fastest = fastest_configuration(codes, weight, k, e, stream);
+  tuning_cache().store(m, n, k, fastest);
+  return fastest;
 }
 
 // ---- The paths ----------------------------------------------------------------------------------
@@ -408,6 +449,34 @@ void int8_matmul_reference(const int8_t* codes, const int8_t* weight, int64_t m,
          grid_size(tiles, 1024), kThreads, stream, codes, weight, m, n, k, accumulators);
 }
 
+void int8_epilogue(const int32_t* accumulators, const EpilogueArguments& a, void* stream) {
+  if (a.rows <= 0 || a.columns <= 0) return;
+  constexpr int V = 4;
+  const bool vectors = a.columns % V == 0 && is_aligned(accumulators, 16) &&
+                       (!a.weight_scale_per_column || is_aligned(a.weight_scale, 16)) &&
+                       is_aligned(a.bias, 16) && is_aligned(a.weight_sum, 16) &&
+                       is_aligned(a.output, 16);
+  const auto run = [&]<typename T>(T*) {
+    if (vectors) {
+      run_epilogue<T, V>(accumulators, a, stream);
+    } else {
+      run_epilogue<T, 1>(accumulators, a, stream);
+    }
+  };
+  switch (a.output_type) {
+    case GemmOutput::i8:
+      return run(static_cast<int8_t*>(nullptr));
+    case GemmOutput::f32:
+      return with_element_type(ElementType::f32, run);
+    case GemmOutput::f16:
+      return with_element_type(ElementType::f16, run);
+    case GemmOutput::bf16:
+      return with_element_type(ElementType::bf16, run);
+    case GemmOutput::i32:
+      break;
+  }
+}
+
 int64_t int8_gemm_workspace_bytes(int64_t m, int64_t n, int64_t k, GemmOutput output) {
   const bool own = sm90::is_available();
   int64_t bytes = 0;
@@ -429,7 +498,7 @@ void int8_gemm(const int8_t* codes, const int8_t* weight, int64_t k, const Epilo
   if (sm90::is_available()) {
     const int8_t* const a = addressable(codes, m, k, m, scratch, stream);
     const int8_t* const b = addressable(weight, n, k, n, scratch, stream);
-    const int configuration = choose_configuration(m, n, k, multiprocessors()).index;
+    const int configuration = configuration_for(a, b, padded(k), e, stream);
     return sm90::int8_gemm(configuration, a, b, padded(k), e, stream);
   }
   if (e.output_type == GemmOutput::i32)
@@ -437,7 +506,18 @@ void int8_gemm(const int8_t* codes, const int8_t* weight, int64_t k, const Epilo
                                 stream);
   int32_t* const accumulators = scratch.take<int32_t>(m * n);
   library_accumulators(codes, weight, m, n, k, accumulators, scratch, stream);
-  epilogue(accumulators, e, stream);
+  int8_epilogue(accumulators, e, stream);
 }
+
+std::pair<std::string, std::string> int8_gemm_kernel(int64_t m, int64_t n, int64_t k) {
+  if (!sm90::is_available())
+    return {"cublasLt_i8i8i32", "Vernier's own kernels are for compute capability 9.0"};
+  if (const auto known = tuning_cache().find(m, n, padded(k)))
+    return {gemm_configurations()[*known].name, "the fastest when it was timed on this GPU"};
+  const GemmChoice choice = choose_configuration(m, n, padded(k), multiprocessors());
+  return {gemm_configurations()[choice.index].name, choice.reason()};
+}
+
+void set_int8_gemm_autotune(bool on) { autotune() = on; }
 
 }  // namespace vernier::cuda

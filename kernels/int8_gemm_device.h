@@ -5,6 +5,9 @@
 #include <vernier/kernels/activation.h>
 #include <vernier/kernels/element_type.h>
 
+#include <string>
+#include <utility>
+
 namespace vernier {
 
 /// What a product leaves behind.
@@ -72,6 +75,12 @@ void int8_gemm(const int8_t* codes, const int8_t* weight, int64_t k,
                const EpilogueArguments& epilogue, void* workspace, int64_t workspace_bytes,
                void* stream);
 int64_t int8_gemm_workspace_bytes(int64_t m, int64_t n, int64_t k, GemmOutput output);
+/// Output = epilogue(accumulators [rows, columns]) alone, every output type but i32.
+void int8_epilogue(const int32_t* accumulators, const EpilogueArguments& arguments, void* stream);
+/// What int8_gemm runs on the current GPU for a shape: the kernel's name and the reason, for
+/// people.
+std::pair<std::string, std::string> int8_gemm_kernel(int64_t m, int64_t n, int64_t k);
+void set_int8_gemm_autotune(bool on);
 /// The accumulators from plain integer instructions, without a library or a workspace: the oracle
 /// of the fast paths on the GPU, and the path itself where cuBLASLt has no algorithm.
 void int8_matmul_reference(const int8_t* codes, const int8_t* weight, int64_t m, int64_t n,

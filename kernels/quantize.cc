@@ -1,5 +1,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+#include <vernier/kernels/fp8.h>
 #include <vernier/kernels/quantize.h>
 #include <vernier/kernels/quantize_device.h>
 #include <vernier/kernels/quantize_dispatch.h>
@@ -164,6 +165,7 @@ TORCH_LIBRARY_IMPL(vernier, Meta, m) {
 Tensor quantize(const Tensor& input, const Tensor& scale, const OptionalTensor& zero_point,
                 const Scheme& scheme, int64_t axis) {
   check_zero_point(scheme, zero_point);
+  if (scheme.is_fp8()) return quantize_fp8(input, scale, scheme, axis);
   return quantize_operator().call(input, scale, zero_point, scheme.bits,
                                   to_string(scheme.granularity), axis, scheme.group_size,
                                   scheme.narrow_range);
@@ -172,16 +174,19 @@ Tensor quantize(const Tensor& input, const Tensor& scale, const OptionalTensor& 
 Tensor dequantize(const Tensor& codes, const Tensor& scale, const OptionalTensor& zero_point,
                   const Scheme& scheme, int64_t axis, at::ScalarType dtype) {
   check_zero_point(scheme, zero_point);
+  if (scheme.is_fp8()) return dequantize_fp8(codes, scale, scheme, axis, dtype);
   return dequantize_operator().call(codes, scale, zero_point, scheme.bits,
                                     to_string(scheme.granularity), axis, scheme.group_size,
                                     scheme.narrow_range, dtype);
 }
 
 Tensor per_token_scale(const Tensor& input, const Scheme& scheme) {
+  if (scheme.is_fp8()) return per_token_scale_fp8(input, scheme.format);
   return per_token_scale_operator().call(input, scheme.bits, scheme.narrow_range);
 }
 
 std::pair<Tensor, Tensor> quantize_per_token(const Tensor& input, const Scheme& scheme) {
+  if (scheme.is_fp8()) return quantize_fp8_per_token(input, scheme.format);
   auto [codes, scale] = quantize_per_token_operator().call(input, scheme.bits, scheme.narrow_range);
   return {std::move(codes), std::move(scale)};
 }

@@ -6,8 +6,9 @@
 //   per_tensor 1; per_channel size(axis); per_token numel / size(-1); per_group numel / group_size.
 // Zero points are int32 within the scheme's codes, as many as scales, or absent for all zero.
 // Scales are positive. The values of both are not checked, which would make the host wait for the
-// GPU: whoever makes them does (qat/quantizer.h). The same operations stand in torch.ops.vernier
-// for Python.
+// GPU: whoever makes them does (qat/quantizer.h). A scheme of format e4m3 or e5m2 goes to the
+// operations of fp8.h: codes are then of that dtype, without zero points. The same operations stand
+// in torch.ops.vernier for Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -29,30 +29,6 @@ inline Scheme scheme_from_arguments(bool symmetric, int64_t bits, std::string_vi
   return scheme;
 }
 
-inline ScaleMap scale_map(const at::Tensor& input, const Scheme& scheme, int64_t axis) {
-  const int64_t numel = input.numel();
-  const int64_t columns = columns_of(input);
-  switch (scheme.granularity) {
-    case Granularity::per_tensor:
-      return {std::max<int64_t>(numel, 1), 1};
-    case Granularity::per_token:
-      return {std::max<int64_t>(columns, 1), rows_of(input)};
-    case Granularity::per_group:
-      VERNIER_CHECK(columns % scheme.group_size == 0, "group_size ", scheme.group_size,
-                    " does not divide the last axis of ", input.sizes());
-      return {scheme.group_size, numel / scheme.group_size};
-    case Granularity::per_channel:
-      break;
-  }
-  const int64_t dim = input.dim();
-  VERNIER_CHECK(axis >= -dim && axis < dim, "axis ", axis, " is outside a tensor of shape ",
-                input.sizes());
-  axis = axis < 0 ? axis + dim : axis;
-  int64_t inner = 1;
-  for (int64_t i = axis + 1; i < dim; ++i) inner *= input.size(i);
-  return {std::max<int64_t>(inner, 1), input.size(axis)};
-}
-
 /// Throws Error unless scale and zero_point are there, in number as `map` says, beside the input.
 inline void check_scale(const at::Tensor& input, const at::Tensor& scale,
                         const std::optional<at::Tensor>& zero_point, const Scheme& scheme,
@@ -77,7 +53,7 @@ struct Prepared {
            const std::optional<at::Tensor>& z, const Scheme& scheme, int64_t axis)
       : input(x.contiguous()), scale(s.contiguous()) {
     if (z) zero_point = z->contiguous();
-    arguments.map = scale_map(x, scheme, axis);
+    arguments.map = scale_map_of(x, scheme, axis);
     check_scale(x, s, z, scheme, arguments.map);
     arguments.input = input.const_data_ptr();
     arguments.input_type = type;

@@ -303,8 +303,8 @@ struct VectorRuns {
 template <typename Operation, int V>
 __global__ void __launch_bounds__(kQuantizeThreads, Operation::kUsesGradient ? 3 : 4)
     vector_run_kernel(const typename Operation::Input* input,
-                      const typename Operation::Input* gradient,
-                      typename Operation::Output* output, VectorRuns runs, DeviceMap map) {
+                      const typename Operation::Input* gradient, typename Operation::Output* output,
+                      VectorRuns runs, DeviceMap map) {
   using Input = typename Operation::Input;
   const Operation operation;
   constexpr uint32_t kTile = kQuantizeThreads * kUnroll;
@@ -519,8 +519,8 @@ __global__ void __launch_bounds__(kGroup > kQuantizeThreads ? kGroup : kQuantize
   }
 }
 
-/// Rows of kLanes vectors each, as groups are: kLanes threads of a warp take a row, and kUnroll rows
-/// at a time.
+/// Rows of kLanes vectors each, as groups are: kLanes threads of a warp take a row, and kUnroll
+/// rows at a time.
 template <typename Operation, int V, int kLanes>
 __global__ void __launch_bounds__(kQuantizeThreads, 4)
     short_row_kernel(const typename Operation::Input* input, int64_t vectors, int32_t qmin,
@@ -590,8 +590,7 @@ __global__ void __launch_bounds__(kThreads, kStreamThreads / kThreads)
     __pipeline_commit();  // a group of copies each time, an empty one too, so that they are counted
   };
 #pragma unroll
-  for (int s = 0; s < kStreamRows - 1; ++s)
-    fetch(blockIdx.x + int64_t{gridDim.x} * s, s);
+  for (int s = 0; s < kStreamRows - 1; ++s) fetch(blockIdx.x + int64_t{gridDim.x} * s, s);
   int slot = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     fetch(row + int64_t{gridDim.x} * (kStreamRows - 1), slot == 0 ? kStreamRows - 1 : slot - 1);

@@ -9,6 +9,7 @@ namespace {
 
 constexpr std::array<const char*, 4> kGranularityNames = {"per_tensor", "per_channel", "per_token",
                                                           "per_group"};
+constexpr std::array<const char*, 3> kFormatNames = {"int", "e4m3", "e5m2"};
 
 }  // namespace
 
@@ -17,6 +18,11 @@ void Scheme::check() const {
   VERNIER_CHECK(granularity == Granularity::per_group ? group_size > 0 : group_size == 0,
                 "group_size ", group_size, " does not go with ", to_string(granularity),
                 ": set it above 0 for per_group and leave it 0 otherwise");
+  if (is_fp8()) {
+    VERNIER_CHECK(bits == 8, to_string(format), " codes have 8 bits, not ", bits);
+    VERNIER_CHECK(symmetric, to_string(format),
+                  " codes are symmetric: they have no zero point. Set symmetric to true");
+  }
   VERNIER_CHECK(symmetric || !dynamic, "dynamic scales are symmetric: set symmetric to true");
 }
 
@@ -37,6 +43,22 @@ Scheme asymmetric_scheme(int bits, Granularity granularity, int64_t group_size) 
   return scheme;
 }
 
+Scheme fp8_scheme(NumberFormat format, Granularity granularity, int64_t group_size) {
+  Scheme scheme = symmetric_scheme(8, granularity, group_size);
+  scheme.format = format;
+  VERNIER_CHECK(scheme.is_fp8(), "a floating-point scheme needs e4m3 or e5m2, not int");
+  return scheme;
+}
+
+std::string to_string(NumberFormat format) { return kFormatNames[static_cast<size_t>(format)]; }
+
+NumberFormat number_format_from_string(const std::string& name) {
+  const auto found = std::find(kFormatNames.begin(), kFormatNames.end(), name);
+  VERNIER_CHECK(found != kFormatNames.end(), "unknown number format '", name,
+                "': use int, e4m3 or e5m2");
+  return static_cast<NumberFormat>(found - kFormatNames.begin());
+}
+
 std::string to_string(Granularity granularity) {
   return kGranularityNames[static_cast<size_t>(granularity)];
 }
@@ -49,7 +71,9 @@ Granularity granularity_from_string(const std::string& name) {
 }
 
 std::string to_string(const Scheme& scheme) {
-  std::string text = concat("int", scheme.bits, " ", to_string(scheme.granularity));
+  std::string text = to_string(scheme.format);
+  if (!scheme.is_fp8()) text += concat(scheme.bits);
+  text += concat(" ", to_string(scheme.granularity));
   if (scheme.granularity == Granularity::per_group) text += concat(" ", scheme.group_size);
   text += scheme.symmetric ? " symmetric" : " asymmetric";
   if (scheme.dynamic) text += " dynamic";

@@ -23,17 +23,36 @@ enum class Granularity {
   per_group     ///< one scale for each `group_size` consecutive elements of the last axis
 };
 
+/// What a code is: an integer, or a floating-point number of the OCP 8-bit Floating Point
+/// Specification 1.0 (fp8_format.h).
+enum class NumberFormat {
+  integer,  ///< `bits` wide, two's complement
+  e4m3,     ///< E4M3 ("fn": no infinities), at most 448; codes are stored as float8_e4m3fn
+  e5m2      ///< E5M2, at most 57344; codes are stored as float8_e5m2
+};
+
 /// How a tensor is quantized.
 struct Scheme {
-  int bits = 8;  ///< 2..8; codes are stored as int8 whatever the width
+  NumberFormat format = NumberFormat::integer;
+  int bits = 8;  ///< integer: 2..8, stored as int8 whatever the width; e4m3, e5m2: 8
   Granularity granularity = Granularity::per_tensor;
   int64_t group_size = 0;    ///< per_group only; divides the last axis
-  bool symmetric = true;     ///< zero_point is 0
-  bool narrow_range = true;  ///< symmetric only: leave out the lowest code, [-127, 127]
+  bool symmetric = true;     ///< zero_point is 0; always for e4m3 and e5m2
+  bool narrow_range = true;  ///< symmetric integers: leave out the lowest code, [-127, 127]
   bool dynamic = false;  ///< the scale comes from each tensor as it passes, not from calibration
 
-  int32_t qmin() const { return -(int32_t{1} << (bits - 1)) + (symmetric && narrow_range ? 1 : 0); }
-  int32_t qmax() const { return (int32_t{1} << (bits - 1)) - 1; }
+  bool is_fp8() const { return format != NumberFormat::integer; }
+
+  /// The least and the largest value of a code, in units of the scale: of e4m3 -448 and 448.
+  int32_t qmin() const {
+    if (is_fp8()) return -qmax();
+    return -(int32_t{1} << (bits - 1)) + (symmetric && narrow_range ? 1 : 0);
+  }
+  int32_t qmax() const {
+    if (format == NumberFormat::e4m3) return 448;
+    if (format == NumberFormat::e5m2) return 57344;
+    return (int32_t{1} << (bits - 1)) - 1;
+  }
 
   bool operator==(const Scheme&) const = default;
 
@@ -50,10 +69,19 @@ Scheme symmetric_scheme(int bits, Granularity granularity = Granularity::per_ten
 Scheme asymmetric_scheme(int bits, Granularity granularity = Granularity::per_tensor,
                          int64_t group_size = 0);
 
+/// Floating-point codes: e4m3 or e5m2.
+Scheme fp8_scheme(NumberFormat format, Granularity granularity = Granularity::per_tensor,
+                  int64_t group_size = 0);
+
+/// int, e4m3 or e5m2.
+std::string to_string(NumberFormat format);
+/// Throws Error for an unknown name.
+NumberFormat number_format_from_string(const std::string& name);
 std::string to_string(Granularity granularity);
 /// Throws Error for an unknown name.
 Granularity granularity_from_string(const std::string& name);
-/// For people: "int8 per_channel symmetric [-127, 127]".
+/// For people: "int8 per_channel symmetric [-127, 127]", "e4m3 per_token symmetric dynamic
+/// [-448, 448]".
 std::string to_string(const Scheme& scheme);
 
 /// A closed interval of real values, float32.

@@ -1,4 +1,5 @@
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/fp8.h>
 #include <vernier/kernels/int8_gemm.h>
 #include <vernier/kernels/quantize.h>
 #include <vernier/qat/layer.h>
@@ -51,17 +52,23 @@ void QuantizedLayer::prepare_integer() {
                                           weights.granularity == Granularity::per_channel);
   VERNIER_CHECK(fits, "the integer kernels take symmetric weights per_tensor or per_channel, not ",
                 to_string(weights));
-  const int64_t k = float_weight().size(1);
-  const int64_t limit = max_int8_gemm_k(input_quantizer->scheme(), weights);
-  VERNIER_CHECK(k <= limit, "its ", k, " inputs could overflow the int32 accumulators (at most ",
-                limit, "): skip the layer or split it");
+  const Scheme& inputs = input_quantizer->scheme();
+  VERNIER_CHECK(inputs.is_fp8() == weights.is_fp8(), "the weights are ", to_string(weights.format),
+                " and the inputs ", to_string(inputs.format),
+                ": the kernels take integers or FP8 for both");
+  if (!is_fp8()) {
+    const int64_t k = float_weight().size(1);
+    const int64_t limit = max_int8_gemm_k(inputs, weights);
+    VERNIER_CHECK(k <= limit, "its ", k, " inputs could overflow the int32 accumulators (at most ",
+                  limit, "): skip the layer or split it");
+  }
   const torch::NoGradGuard no_grad;
   set_weight_codes(weight_quantizer->codes(float_weight().detach().to(torch::kFloat)).codes);
 }
 
 void QuantizedLayer::set_weight_codes(const Tensor& codes) {
   weight_codes_ = codes.contiguous();
-  weight_sum_ = weight_codes_.sum(1, /*keepdim=*/false, torch::kInt);
+  weight_sum_ = is_fp8() ? Tensor() : weight_codes_.sum(1, /*keepdim=*/false, torch::kInt);
 }
 
 void QuantizedLayer::end_copy(const std::optional<torch::Device>& device) {
@@ -73,12 +80,15 @@ void QuantizedLayer::end_copy(const std::optional<torch::Device>& device) {
 
 void QuantizedLayer::load_weight_codes(const Tensor& codes) {
   Tensor& weight = float_weight();
-  VERNIER_CHECK(codes.scalar_type() == torch::kChar && codes.sizes() == weight.sizes(),
-                "weight codes must be int8 of shape ", weight.sizes(), ", not ",
-                c10::toString(codes.scalar_type()), " ", codes.sizes());
   const Scheme& scheme = weight_quantizer->scheme();
-  VERNIER_CHECK(codes.numel() == 0 || (codes.min().item<int>() >= scheme.qmin() &&
-                                       codes.max().item<int>() <= scheme.qmax()),
+  const torch::Dtype dtype = scheme.is_fp8() ? fp8_dtype(scheme.format) : torch::kChar;
+  VERNIER_CHECK(codes.scalar_type() == dtype && codes.sizes() == weight.sizes(),
+                "weight codes must be ", scheme.is_fp8() ? to_string(scheme.format) : "int8",
+                " of shape ", weight.sizes(), ", not ", c10::toString(codes.scalar_type()), " ",
+                codes.sizes());
+  // False for the NaN and the infinities of FP8.
+  const Tensor values = scheme.is_fp8() ? codes.to(torch::kFloat) : codes;
+  VERNIER_CHECK(values.ge(scheme.qmin()).logical_and(values.le(scheme.qmax())).all().item<bool>(),
                 "weight codes leave [", scheme.qmin(), ", ", scheme.qmax(), "]");
   const torch::NoGradGuard no_grad;
   weight.set_data(dequantize(codes, weight_quantizer->scale(), weight_quantizer->zero_point(),
@@ -87,6 +97,7 @@ void QuantizedLayer::load_weight_codes(const Tensor& codes) {
 }
 
 Tensor QuantizedLayer::accumulators(const Tensor& codes) const {
+  VERNIER_CHECK(!is_fp8(), "an FP8 layer has no integer accumulators");
   const Tensor sums = int8_matmul(codes, weight_codes_);
   const auto zero_point = input_quantizer->zero_point();
   return zero_point ? sums - *zero_point * weight_sum_ : sums;

@@ -17,7 +17,7 @@ enum class Mode {
   full,        ///< full precision, exactly torch::nn's layer
   observe,     ///< full precision, while the input quantizer gathers statistics
   fake_quant,  ///< quantize-dequantize of input and weight with straight-through gradients
-  integer      ///< int8 codes through the integer kernels
+  integer      ///< codes through the real kernels: int8, or FP8 where the schemes say so
 };
 
 std::string to_string(Mode mode);
@@ -49,13 +49,15 @@ class QuantizedLayer {
   virtual torch::Tensor& float_weight() = 0;
   /// Bias [out]; undefined where there is none.
   virtual const torch::Tensor& float_bias() const = 0;
-  /// Codes int8 [out, in]; undefined before integer mode.
+  /// Codes [out, in], int8, float8_e4m3fn or float8_e5m2; undefined before integer mode.
   const torch::Tensor& weight_codes() const { return weight_codes_; }
   /// Takes codes from a checkpoint; the float weight becomes their real values.
   void load_weight_codes(const torch::Tensor& codes);
 
+  /// Whether both quantizers make FP8 codes. Such layers have no integer accumulators.
+  bool is_fp8() const { return weight_quantizer->scheme().is_fp8(); }
   /// Accumulators of codes int8 [rows, in], zero point taken into account: int32 [rows, out], by
-  /// the kernels.
+  /// the kernels. Throws Error for FP8 layers.
   torch::Tensor accumulators(const torch::Tensor& codes) const;
   /// The integer forward, whatever the mode; the weight's codes must be there.
   virtual torch::Tensor integer_forward(const torch::Tensor& input) const = 0;
@@ -76,8 +78,8 @@ class QuantizedLayer {
   Mode mode_ = Mode::full;
   bool quantized_ = true;
   Probe probe_;
-  torch::Tensor weight_codes_;  // int8 [out, in]
-  torch::Tensor weight_sum_;    // int32 [out]: sums of codes, for asymmetric inputs
+  torch::Tensor weight_codes_;  // [out, in]
+  torch::Tensor weight_sum_;    // int32 [out]: sums of int8 codes, for asymmetric inputs
 };
 
 struct NamedLayer {

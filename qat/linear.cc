@@ -2,6 +2,7 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/serialize/archive.h>
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/fp8.h>
 #include <vernier/kernels/int8_gemm.h>
 #include <vernier/qat/linear.h>
 
@@ -92,13 +93,21 @@ Tensor LinearImpl::integer_forward(const Tensor& input) const {
                 "the input is on ", input.device(),
                 " but the layer has no weight codes there: set the mode again after moving it");
   const auto [codes, scale] = input_quantizer->codes(input.reshape({-1, in}));
-  std::optional<Tensor> zero_point = input_quantizer->zero_point();
-  std::optional<Tensor> sums;
-  if (zero_point) sums = weight_sum();
-  std::optional<Tensor> float_bias;
-  if (bias.defined()) float_bias = bias.to(torch::kFloat);
-  Tensor output = int8_linear(codes, weight_codes(), scale, weight_quantizer->scale(), float_bias,
-                              zero_point, sums, input.scalar_type());
+  const Tensor& weight_scale = weight_quantizer->scale();
+  Tensor output;
+  if (is_fp8()) {
+    std::optional<Tensor> own_bias;
+    if (bias.defined()) own_bias = bias.to(input.scalar_type());
+    output = fp8_linear(codes, weight_codes(), scale, weight_scale, own_bias, input.scalar_type());
+  } else {
+    std::optional<Tensor> zero_point = input_quantizer->zero_point();
+    std::optional<Tensor> sums;
+    if (zero_point) sums = weight_sum();
+    std::optional<Tensor> float_bias;
+    if (bias.defined()) float_bias = bias.to(torch::kFloat);
+    output = int8_linear(codes, weight_codes(), scale, weight_scale, float_bias, zero_point, sums,
+                         input.scalar_type());
+  }
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = out;
   return output.view(shape);

@@ -77,10 +77,10 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   torch::Tensor forward(const torch::Tensor& values);
 
   struct Codes {
-    torch::Tensor codes;  ///< int8 like the values
+    torch::Tensor codes;  ///< int8, or FP8 by the scheme, like the values
     torch::Tensor scale;  ///< the scale they were made with; per token where dynamic
   };
-  /// Integer codes by the kernels. Throws Error when not calibrated.
+  /// Codes by the kernels. Throws Error when not calibrated.
   Codes codes(const torch::Tensor& values) const;
 
  private:

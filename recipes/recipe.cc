@@ -53,6 +53,8 @@ QuantizerSettings parse_settings(const YAML::Node& node, const std::string& wher
                                  Granularity granularity) {
   Fields fields(node, where);
   QuantizerSettings settings;
+  const NumberFormat format = number_format_from_string(
+      fields.get<std::string>("format", to_string(NumberFormat::integer)));
   const int bits = fields.get("bits", 8);
   granularity =
       granularity_from_string(fields.get<std::string>("granularity", to_string(granularity)));
@@ -60,6 +62,7 @@ QuantizerSettings parse_settings(const YAML::Node& node, const std::string& wher
   const bool symmetric = fields.get("symmetric", true);
   settings.scheme = symmetric_scheme(bits, granularity, fields.get<int64_t>("group_size", 0));
   settings.scheme.narrow_range = fields.get("narrow_range", settings.scheme.narrow_range);
+  settings.scheme.format = format;
   if (!symmetric) settings.scheme.symmetric = settings.scheme.narrow_range = false;
   settings.scheme.dynamic = granularity == Granularity::per_token;
   settings.calibrator.method =
@@ -67,6 +70,9 @@ QuantizerSettings parse_settings(const YAML::Node& node, const std::string& wher
   settings.calibrator.percentile = fields.get("percentile", settings.calibrator.percentile);
   VERNIER_CHECK(settings.calibrator.percentile > 0 && settings.calibrator.percentile <= 100, where,
                 ": percentile must be in (0, 100], not ", settings.calibrator.percentile);
+  VERNIER_CHECK(
+      !settings.scheme.is_fp8() || settings.calibrator.method != CalibrationMethod::entropy, where,
+      ": the entropy calibrator is for int: use min_max, percentile or mse");
   fields.done();
   settings.scheme.check();
   return settings;
@@ -113,6 +119,8 @@ Recipe parse_recipe(const std::string& yaml, const std::string& source) {
     VERNIER_CHECK(recipe.activations.scheme.granularity == Granularity::per_tensor ||
                       recipe.activations.scheme.granularity == Granularity::per_token,
                   source, ": activations must be per_tensor (static) or per_token (dynamic)");
+    VERNIER_CHECK(recipe.weights.scheme.is_fp8() == recipe.activations.scheme.is_fp8(), source,
+                  ": weights and activations must both be int or both e4m3 or e5m2");
     return recipe;
   } catch (const YAML::Exception& error) {
     throw Error(concat(source, ": ", error.what()));

@@ -17,6 +17,8 @@ namespace vernier {
 ///     activations: {bits: 8, granularity: per_tensor, symmetric: false, calibrator: percentile,
 ///     percentile: 99.99} skip: ["lm_head", "*.pooler.*"]        # names that stay in full
 ///     precision, * and ? as in a shell
+///
+/// `format: e4m3` or `e5m2` in place of `bits` makes FP8 codes, of weights and activations both.
 struct Recipe {
   std::string name;
   std::string description;

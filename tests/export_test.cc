@@ -587,7 +587,7 @@ Tensor faulty_matmul(const Tensor& codes, const Tensor& weight) {
 Tensor faulty_linear(const Tensor& codes, const Tensor& weight, const Tensor& input_scale,
                      const Tensor& weight_scale, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>&, const std::optional<Tensor>&,
-                     at::ScalarType dtype) {
+                     at::ScalarType dtype, std::string_view) {
   const Tensor sums = codes.to(torch::kInt).mm(weight.to(torch::kInt).t());
   Tensor output = sums.to(torch::kFloat) * weight_scale * input_scale + *bias;
   output[0][0] += 0.01;
