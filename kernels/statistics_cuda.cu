@@ -646,7 +646,7 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelBlocks)
   Extremes mine[V];
   if (column < columns) {
     WordExtent<T> extents[kWords];
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t row = first; row < rows; row += stride) {
       const Pack<T, V> x = load_pack<V>(input + row * columns + column);
 #pragma unroll
