@@ -155,12 +155,12 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   if (vector < columns.vectors) {
     const T* const x = input + vector * V;
     LargestMagnitude<T> largest[Words::kWords];
-#pragma unroll 8
-    for (int64_t row = columns.first_row(); row < columns.rows; row += step) {
-      const Words words = load_pack<V>(x + row * columns.vectors * V);
+    for_each_row_pack<V>(x, columns.vectors * V, columns.first_row(), columns.rows, step,
+                         [&](const Words& words) {
 #pragma unroll
-      for (int w = 0; w < Words::kWords; ++w) largest[w].include_word(words.words[w]);
-    }
+                           for (int w = 0; w < Words::kWords; ++w)
+                             largest[w].include_word(words.words[w]);
+                         });
     bool all_finite = true;
 #pragma unroll
     for (int w = 0; w < Words::kWords; ++w) all_finite &= largest[w].all_finite();
@@ -529,12 +529,23 @@ __global__ void __launch_bounds__(kGroup > kQuantizeThreads ? kGroup : kQuantize
     const int64_t index = first + threadIdx.x / kGroup;
     const int64_t terms = index < count ? outer * inner.divisor() : 0;
     WideSums total;
-#pragma unroll 8
-    for (int64_t t = thread; t < terms; t += kGroup) {
-      const int64_t o = inner.divide(t);
-      const int64_t i = (o * count + index) * inner.divisor() + t - o * inner.divisor();
-      total.scale += partial[i];
-      if (gradients.zero_point) total.clipped += partial[clipped + i];
+    constexpr int kAtOnce = 8;  // loads under way
+    for (int64_t base = thread; base < terms; base += kGroup * kAtOnce) {
+      WideSums parts[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t t = base + j * kGroup;
+        if (t >= terms) break;
+        const int64_t o = inner.divide(t);
+        const int64_t i = (o * count + index) * inner.divisor() + t - o * inner.divisor();
+        parts[j].scale = partial[i];
+        if (gradients.zero_point) parts[j].clipped = partial[clipped + i];
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        total.scale += parts[j].scale;
+        total.clipped += parts[j].clipped;
+      }
     }
     total.scale = lanes_sum<kWarp>(total.scale);
     total.clipped = lanes_sum<kWarp>(total.clipped);
