@@ -12,13 +12,14 @@ struct Rounded {
   Vector<float, V> code;
   Vector<float, V> remainder;
 
-  __device__ Rounded(const Vector<float, V>& x, const ScaleDivision& division) {
+  template <typename Grids>
+  __device__ Rounded(const Vector<float, V>& x, const Grids& grids) {
     bool sure = true;
 #pragma unroll
-    for (int j = 0; j < V; ++j) code[j] = division.likely(x[j], remainder[j], sure);
+    for (int j = 0; j < V; ++j) code[j] = grids[j].division.likely(x[j], remainder[j], sure);
     if (!sure) [[unlikely]] {
 #pragma unroll
-      for (int j = 0; j < V; ++j) code[j] = division.divided(x[j], remainder[j]);
+      for (int j = 0; j < V; ++j) code[j] = grids[j].division.divided(x[j], remainder[j]);
     }
   }
 };
@@ -48,12 +49,12 @@ struct FakeQuantizeBackward {
   static constexpr bool kUsesGradient = true;
   static constexpr const char* kName = "fake_quantize_backward";
 
-  template <int V>
+  template <int V, typename Grids>
   __device__ Pack<T, V> operator()(const Pack<T, V>& x, const Pack<T, V>& gradient,
-                                   const CodeGrid& grid) const {
-    const Vector<float, V> code = Rounded<V>(to_floats(x), grid.division).code;
-    return passed_gradient(gradient,
-                           [&](int j) { return code[j] >= grid.low && code[j] <= grid.high; });
+                                   const Grids& grids) const {
+    const Vector<float, V> code = Rounded<V>(to_floats(x), grids).code;
+    return passed_gradient(
+        gradient, [&](int j) { return code[j] >= grids[j].low && code[j] <= grids[j].high; });
   }
 
   __device__ T element(T x, T gradient, float scale, int32_t zero, int32_t qmin,
@@ -142,6 +143,53 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   });
 }
 
+// The same a vector at a time, of columns with a scale each.
+template <typename T, int V>
+__global__ void __launch_bounds__(kQuantizeThreads)
+    column_vector_amax_kernel(const T* input, ColumnVectors columns, uint32_t* amax) {
+  using Words = Pack<T, V>;
+  __shared__ uint32_t shared[kQuantizeWarps][V][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t vector = columns.vector(), step = columns.row_step();
+  uint32_t bits[V] = {};
+  if (vector < columns.vectors) {
+    const T* const x = input + vector * V;
+    LargestMagnitude<T> largest[Words::kWords];
+    for_each_row_pack<V>(x, columns.vectors * V, columns.first_row(), columns.rows, step,
+                         [&](const Words& words) {
+#pragma unroll
+                           for (int w = 0; w < Words::kWords; ++w)
+                             largest[w].include_word(words.words[w]);
+                         });
+    bool all_finite = true;
+#pragma unroll
+    for (int w = 0; w < Words::kWords; ++w) all_finite &= largest[w].all_finite();
+    if (all_finite) [[likely]] {
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        bits[j] = largest[j * Words::kWords / V].float_bits_of(j % (V / Words::kWords));
+    } else {
+#pragma unroll 1
+      for (int64_t row = columns.first_row(); row < columns.rows; row += step) {
+        const Vector<float, V> values = to_floats(load_pack<V>(x + row * columns.vectors * V));
+#pragma unroll
+        for (int j = 0; j < V; ++j) bits[j] = max(bits[j], finite_magnitude_bits(values[j]));
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < V; ++j) shared[warp][j][lane] = bits[j];
+  __syncthreads();
+  const int64_t first = int64_t{blockIdx.x} * kWarp * V;
+  for (int c = threadIdx.x; c < kWarp * V && first + c < columns.vectors * V;
+       c += kQuantizeThreads) {
+    uint32_t most = 0;
+#pragma unroll
+    for (int w = 0; w < kQuantizeWarps; ++w) most = max(most, shared[w][c % V][c / V]);
+    raise(amax + first + c, most);
+  }
+}
+
 // Runs of fewer elements do not fill a warp: where many share a scale, they go by columns.
 constexpr int64_t kShortRun = 16;
 
@@ -165,7 +213,12 @@ void run_strided_scales(const QuantizeArguments& a, float* scale, void* stream) 
   const auto* input = static_cast<const T*>(a.input);
   auto* amax = reinterpret_cast<uint32_t*>(scale);
   const DeviceMap map(a);
-  if (goes_by_columns(a.numel, a.map)) {
+  if (constexpr int V = kVectorSize<T>;
+      goes_by_column_vectors(a.numel, a.map, V) && is_aligned(input, 16)) {
+    const ColumnVectors columns(a.numel, a.map, V);
+    launch(kName, column_vector_amax_kernel<T, V>, columns.grid(8), kQuantizeThreads, stream, input,
+           columns, amax);
+  } else if (goes_by_columns(a.numel, a.map)) {
     const Columns columns(a.numel, a.map);
     launch(kName, column_amax_kernel<T>, columns.grid, columns.block, stream, input, columns, map,
            amax);
@@ -202,22 +255,34 @@ void run_dynamic(const QuantizeArguments& a, void* output, float* scale, void* s
 struct Sums {
   float scale = 0;
   float clipped = 0;
+
+  // A vector's elements add to the same sums, or each to its own.
+  __device__ Sums& operator[](int) { return *this; }
+};
+
+// The sums of V neighbouring columns.
+template <int V>
+struct ColumnSums {
+  Sums sums[V];
+
+  __device__ Sums& operator[](int j) { return sums[j]; }
 };
 
 // The input's gradient of a vector; adds to the sums.
-template <typename T, int V, bool kZeroPoint>
+template <typename T, int V, bool kZeroPoint, typename Grids, typename SumsOfVector>
 __device__ Pack<T, V> learned_backward(const Pack<T, V>& x, const Pack<T, V>& gradient,
-                                       const CodeGrid& grid, Sums& sums) {
-  const Rounded<V> rounded(to_floats(x), grid.division);
+                                       const Grids& grids, SumsOfVector& sums) {
+  const Rounded<V> rounded(to_floats(x), grids);
   const Vector<float, V> g = to_floats(gradient);
   bool passes[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     const float code = rounded.code[j];
-    const float clamped = fminf(fmaxf(code, grid.low), grid.high);  // NaN: low
+    const float clamped = fminf(fmaxf(code, grids[j].low), grids[j].high);  // NaN: low
     passes[j] = code == clamped;
-    sums.scale = __fmaf_rn(g[j], passes[j] ? -rounded.remainder[j] : clamped, sums.scale);
-    if constexpr (kZeroPoint) sums.clipped += passes[j] ? 0.0f : g[j];
+    Sums& sum = sums[j];
+    sum.scale = __fmaf_rn(g[j], passes[j] ? -rounded.remainder[j] : clamped, sum.scale);
+    if constexpr (kZeroPoint) sum.clipped += passes[j] ? 0.0f : g[j];
   }
   return passed_gradient(gradient, [&](int j) { return passes[j]; });
 }
@@ -309,7 +374,7 @@ struct Segments {
 // A segment's sums go to partial[segment], the clipped ones `count` behind. kLanes threads take a
 // segment.
 template <typename T, int V, int kLanes, bool kZeroPoint>
-__global__ void __launch_bounds__(kQuantizeThreads, kZeroPoint ? 2 : 3)
+__global__ void __launch_bounds__(kQuantizeThreads, 3)
     learned_backward_kernel(const T* input, const T* gradient, T* output, int64_t numel,
                             Segments segments, DeviceMap map, double* partial) {
   constexpr int kGroups = kQuantizeThreads / kLanes;
@@ -388,6 +453,69 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   });
 }
 
+// Rows whose sums a block adds up, few enough for float sums of a thread. No number depends on the
+// GPU, so that sums are the same on each.
+constexpr int64_t kSummedRows = 32 * kQuantizeWarps;
+
+// The same a vector at a time, of columns with a scale each: those of rows p * kSummedRows and on
+// go to partial[p * columns + c], the clipped ones `clipped` behind.
+template <typename T, int V, bool kZeroPoint>
+__global__ void __launch_bounds__(kQuantizeThreads, 2)
+    learned_column_vectors_kernel(const T* input, const T* gradient, T* output,
+                                  ColumnVectors columns, DeviceMap map, double* partial,
+                                  int64_t clipped) {
+  constexpr int kAtOnce = 2;
+  __shared__ float scales[kQuantizeWarps][V][kWarp];
+  __shared__ float clips[kZeroPoint ? kQuantizeWarps : 1][V][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t vector = columns.vector();
+  const int64_t parts = (columns.rows + kSummedRows - 1) / kSummedRows;
+  // Threads behind the last column read its scales, and nothing else.
+  const ColumnGrids<V, kZeroPoint> grids(map, min(vector, columns.vectors - 1) * V);
+  for (int64_t part = blockIdx.y; part < parts; part += gridDim.y) {
+    ColumnSums<V> sums;
+    const int64_t end =
+        vector < columns.vectors ? min((part + 1) * kSummedRows, columns.rows) : int64_t{0};
+    for (int64_t first = part * kSummedRows + warp; first < end;
+         first += kAtOnce * kQuantizeWarps) {
+      Pack<T, V> x[kAtOnce], g[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int64_t row = first + u * kQuantizeWarps;
+        if (row >= end) break;
+        const int64_t i = (row * columns.vectors + vector) * V;
+        x[u] = load_pack<V>(input + i);
+        g[u] = load_pack<V>(gradient + i);
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int64_t row = first + u * kQuantizeWarps;
+        if (row >= end) break;
+        store_pack(output + (row * columns.vectors + vector) * V,
+                   learned_backward<T, V, kZeroPoint>(x[u], g[u], grids, sums));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      scales[warp][j][lane] = sums[j].scale;
+      if constexpr (kZeroPoint) clips[warp][j][lane] = sums[j].clipped;
+    }
+    __syncthreads();
+    const int64_t begin = int64_t{blockIdx.x} * kWarp * V;
+    for (int c = threadIdx.x; c < kWarp * V && begin + c < columns.vectors * V;
+         c += kQuantizeThreads) {
+      WideSums total;
+#pragma unroll
+      for (int w = 0; w < kQuantizeWarps; ++w)
+        total.add({scales[w][c % V][c / V], kZeroPoint ? clips[kZeroPoint * w][c % V][c / V] : 0});
+      const int64_t target = part * columns.vectors * V + begin + c;
+      partial[target] = total.scale;
+      if constexpr (kZeroPoint) partial[clipped + target] = total.clipped;
+    }
+    __syncthreads();  // the readers are done
+  }
+}
+
 // Partial sums [outer][map.count][inner] of each scale, added up by kGroup threads, a warp or a
 // block, in the same order every time. The clipped ones lie `clipped` behind.
 template <int kGroup>
@@ -401,12 +529,23 @@ __global__ void __launch_bounds__(kGroup > kQuantizeThreads ? kGroup : kQuantize
     const int64_t index = first + threadIdx.x / kGroup;
     const int64_t terms = index < count ? outer * inner.divisor() : 0;
     WideSums total;
-#pragma unroll 8
-    for (int64_t t = thread; t < terms; t += kGroup) {
-      const int64_t o = inner.divide(t);
-      const int64_t i = (o * count + index) * inner.divisor() + t - o * inner.divisor();
-      total.scale += partial[i];
-      if (gradients.zero_point) total.clipped += partial[clipped + i];
+    constexpr int kAtOnce = 8;  // loads under way
+    for (int64_t base = thread; base < terms; base += kGroup * kAtOnce) {
+      WideSums parts[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t t = base + j * kGroup;
+        if (t >= terms) break;
+        const int64_t o = inner.divide(t);
+        const int64_t i = (o * count + index) * inner.divisor() + t - o * inner.divisor();
+        parts[j].scale = partial[i];
+        if (gradients.zero_point) parts[j].clipped = partial[clipped + i];
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        total.scale += parts[j].scale;
+        total.clipped += parts[j].clipped;
+      }
     }
     total.scale = lanes_sum<kWarp>(total.scale);
     total.clipped = lanes_sum<kWarp>(total.clipped);
@@ -485,6 +624,17 @@ void run_learned_backward(const QuantizeArguments& a, const void* gradient, void
   with_flag(gradients.zero_point != nullptr, [&](auto zero_point) {
     constexpr bool kZeroPoint = zero_point.value;
     if (a.numel == 0) return;
+    if (constexpr int V = kVectorSize<T>; goes_by_column_vectors(a.numel, a.map, V) &&
+                                          is_aligned(x, 16) && is_aligned(g, 16) &&
+                                          is_aligned(y, 16)) {
+      const ColumnVectors columns(a.numel, a.map, V);
+      partials = {divide_up(columns.rows, kSummedRows), 1};
+      const dim3 grid(static_cast<unsigned>(divide_up(columns.vectors, kWarp)),
+                      static_cast<unsigned>(std::min<int64_t>(partials.outer, 65535)));
+      launch(kName, learned_column_vectors_kernel<T, V, kZeroPoint>, grid, kQuantizeThreads, stream,
+             x, g, y, columns, map, partial, partials.outer * a.map.count);
+      return;
+    }
     if (goes_by_columns(a.numel, a.map)) {
       const Columns columns(a.numel, a.map);
       partials = {columns.parts, a.map.inner};
@@ -540,7 +690,8 @@ int64_t learned_backward_scratch(const QuantizeArguments& a) {
   if (a.numel == 0 || a.map.count == 0) return 0;
   if (goes_by_columns(a.numel, a.map)) {
     const Columns columns(a.numel, a.map);
-    return 2 * columns.parts * columns.columns;
+    // By vectors, where operands allow it, the parts are others.
+    return 2 * std::max(columns.parts, divide_up(columns.rows, kSummedRows)) * columns.columns;
   }
   // Whichever way it goes, a segment holds a tile; unaligned operands have the most.
   int64_t segments = 0;

@@ -25,6 +25,24 @@ __device__ Pack<T, V> load_pack(const T* source) {
   return *reinterpret_cast<const Pack<T, V>*>(source);
 }
 
+/// Calls f(pack) for the packs at `source` + row * `pitch` of rows first, first + step and so on
+/// below `rows`; kUnroll * 2 loads are under way at a time.
+template <int V, typename T, typename F>
+__device__ void for_each_row_pack(const T* source, int64_t pitch, int64_t first, int64_t rows,
+                                  int64_t step, const F& f) {
+  constexpr int kAtOnce = 2 * kUnroll;
+  int64_t row = first;
+  for (; row + (kAtOnce - 1) * step < rows; row += kAtOnce * step) {
+    Pack<T, V> packs[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) packs[u] = load_pack<V>(source + (row + u * step) * pitch);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) f(packs[u]);
+  }
+#pragma unroll 1
+  for (; row < rows; row += step) f(load_pack<V>(source + row * pitch));
+}
+
 template <typename T, int V>
 __device__ void store_pack(T* target, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(target) = pack;

@@ -11,14 +11,14 @@ struct Dequantize {
   static constexpr bool kUsesGradient = false;
   static constexpr const char* kName = "dequantize";
 
-  template <int V>
+  template <int V, typename Grids>
   __device__ Pack<T, V> operator()(const Pack<int8_t, V>& packed, const Pack<int8_t, V>&,
-                                   const CodeGrid& grid) const {
+                                   const Grids& grids) const {
     const Vector<int8_t, V> codes = unpack(packed);
     Vector<float, V> y;
 #pragma unroll
     for (int j = 0; j < V; ++j)
-      y[j] = dequantize_value(codes[j], grid.division.scale(), grid.zero_point);
+      y[j] = dequantize_value(codes[j], grids[j].division.scale(), grids[j].zero_point);
     return from_floats<T>(y);
   }
 

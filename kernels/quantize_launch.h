@@ -25,23 +25,29 @@ struct CodeGrid {
   float high;
   int32_t zero_point;
 
+  CodeGrid() = default;
   __device__ CodeGrid(float scale, int32_t zero, int32_t qmin, int32_t qmax)
       : division(scale),
         low(static_cast<float>(qmin - zero)),
         high(static_cast<float>(qmax - zero)),
         zero_point(zero) {}
+
+  /// Operations take one grid for all elements of a vector, or as many as that.
+  __device__ const CodeGrid& operator[](int) const { return *this; }
 };
 
 /// Codes less the zero point.
-template <int V>
-__device__ Vector<float, V> centred_codes(const Vector<float, V>& x, const CodeGrid& grid) {
+template <int V, typename Grids>
+__device__ Vector<float, V> centred_codes(const Vector<float, V>& x, const Grids& grids) {
   Vector<float, V> code;
   bool sure = true;
 #pragma unroll
-  for (int j = 0; j < V; ++j) code[j] = grid.division.likely_code(x[j], grid.low, grid.high, sure);
+  for (int j = 0; j < V; ++j)
+    code[j] = grids[j].division.likely_code(x[j], grids[j].low, grids[j].high, sure);
   if (!sure) [[unlikely]] {
 #pragma unroll
-    for (int j = 0; j < V; ++j) code[j] = grid.division.divided_code(x[j], grid.low, grid.high);
+    for (int j = 0; j < V; ++j)
+      code[j] = grids[j].division.divided_code(x[j], grids[j].low, grids[j].high);
   }
   return code;
 }
@@ -55,15 +61,17 @@ struct Quantize {
   static constexpr bool kUsesGradient = false;
   static constexpr const char* kName = "quantize";
 
-  template <int V>
+  template <int V, typename Grids>
   __device__ Pack<int8_t, V> operator()(const Pack<T, V>& x, const Pack<T, V>&,
-                                        const CodeGrid& grid) const {
-    const Vector<float, V> code = centred_codes(to_floats(x), grid);
+                                        const Grids& grids) const {
+    const Vector<float, V> code = centred_codes(to_floats(x), grids);
     // The lowest byte of 1.5 * 2^23 + code is the code as int8.
-    const float to_byte = 12582912.0f + static_cast<float>(grid.zero_point);
     uint32_t bytes[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) bytes[j] = __float_as_uint(code[j] + to_byte);
+    for (int j = 0; j < V; ++j) {
+      const float to_byte = 12582912.0f + static_cast<float>(grids[j].zero_point);
+      bytes[j] = __float_as_uint(code[j] + to_byte);
+    }
     Pack<int8_t, V> y;
     if constexpr (V % 4 == 0) {
 #pragma unroll
@@ -91,12 +99,12 @@ struct FakeQuantize {
   static constexpr bool kUsesGradient = false;
   static constexpr const char* kName = "fake_quantize";
 
-  template <int V>
+  template <int V, typename Grids>
   __device__ Pack<T, V> operator()(const Pack<T, V>& x, const Pack<T, V>&,
-                                   const CodeGrid& grid) const {
-    Vector<float, V> y = centred_codes(to_floats(x), grid);
+                                   const Grids& grids) const {
+    Vector<float, V> y = centred_codes(to_floats(x), grids);
 #pragma unroll
-    for (int j = 0; j < V; ++j) y[j] = __fmul_rn(y[j], grid.division.scale());
+    for (int j = 0; j < V; ++j) y[j] = __fmul_rn(y[j], grids[j].division.scale());
     return from_floats<T>(y);
   }
 
@@ -172,7 +180,7 @@ struct Tile {
 /// The scale is looked up and made ready once a tile, for kUnroll vectors. Elements behind the last
 /// whole vector, where all share one scale, are the first block's.
 template <typename Operation, int V>
-__global__ void __launch_bounds__(kQuantizeThreads, 4)
+__global__ void __launch_bounds__(kQuantizeThreads, sizeof(typename Operation::Output) == 1 ? 5 : 4)
     tile_kernel(const typename Operation::Input* input, const typename Operation::Input* gradient,
                 typename Operation::Output* output, int64_t numel, Tiles tiles, DeviceMap map) {
   using Input = typename Operation::Input;
@@ -280,6 +288,91 @@ __global__ void __launch_bounds__(kQuantizeThreads)
         element(input[i], Operation::kUsesGradient ? gradient[i] : input[i], Place(i, map).index);
 }
 
+/// The grids of V neighbouring columns, where each column has its own scale. Without zero points
+/// they share their range.
+template <int V, bool kZeroPoint>
+class ColumnGrids {
+ public:
+  __device__ ColumnGrids(const DeviceMap& map, int64_t first) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const int32_t zero_point = kZeroPoint ? map.zero_point_at(first + j) : 0;
+      grids_[j] = CodeGrid(map.scale_at(first + j), zero_point, map.qmin, map.qmax);
+    }
+  }
+
+  __device__ CodeGrid operator[](int j) const {
+    CodeGrid grid = grids_[kZeroPoint ? j : 0];
+    grid.division = grids_[j].division;
+    return grid;
+  }
+
+ private:
+  CodeGrid grids_[V];
+};
+
+/// How blocks share a matrix whose columns have a scale each: a warp takes kWarp vectors of a row,
+/// the warps of a block the same of other rows, and blocks with the same y the same rows.
+struct ColumnVectors {
+  int64_t vectors;  // of a row
+  int64_t rows;
+
+  ColumnVectors(int64_t numel, const ScaleMap& map, int vector_size)
+      : vectors(map.count / vector_size), rows(numel / map.count) {}
+
+  /// Many rows for each warp, as making the scales ready costs as much as some.
+  dim3 grid(int blocks_per_multiprocessor) const {
+    const int64_t x = divide_up(vectors, kWarp);
+    const int64_t wanted = divide_up(int64_t{multiprocessors()} * blocks_per_multiprocessor, x);
+    const int64_t most = divide_up(rows, int64_t{kQuantizeWarps} * 2 * kUnroll);
+    return dim3(static_cast<unsigned>(x),
+                static_cast<unsigned>(std::min<int64_t>({wanted, most, 65535})));
+  }
+
+  __device__ int64_t vector() const { return int64_t{blockIdx.x} * kWarp + threadIdx.x % kWarp; }
+  __device__ int64_t first_row() const {
+    return int64_t{blockIdx.y} * kQuantizeWarps + threadIdx.x / kWarp;
+  }
+  __device__ int64_t row_step() const { return int64_t{gridDim.y} * kQuantizeWarps; }
+};
+
+/// Whether columns have a scale each, and so many vectors and rows that ColumnVectors serves.
+inline bool goes_by_column_vectors(int64_t numel, const ScaleMap& map, int vector_size) {
+  return map.inner == 1 && map.count % vector_size == 0 && map.count / vector_size >= kWarp / 2 &&
+         numel >= 16 * map.count;
+}
+
+template <typename Operation, int V, bool kZeroPoint>
+__global__ void __launch_bounds__(kQuantizeThreads, kZeroPoint || Operation::kUsesGradient ? 2 : 3)
+    column_kernel(const typename Operation::Input* input, const typename Operation::Input* gradient,
+                  typename Operation::Output* output, ColumnVectors columns, DeviceMap map) {
+  using Input = typename Operation::Input;
+  const Operation operation;
+  const int64_t vector = columns.vector();
+  if (vector >= columns.vectors) return;
+  const ColumnGrids<V, kZeroPoint> grids(map, vector * V);
+  const int64_t step = columns.row_step();
+  for (int64_t first = columns.first_row(); first < columns.rows; first += step * kUnroll) {
+    Pack<Input, V> x[kUnroll];
+    Pack<Input, V> g[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t row = first + u * step;
+      if (row >= columns.rows) break;
+      const int64_t i = (row * columns.vectors + vector) * V;
+      x[u] = load_pack<V>(input + i);
+      if constexpr (Operation::kUsesGradient) g[u] = load_pack<V>(gradient + i);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t row = first + u * step;
+      if (row >= columns.rows) break;
+      store_pack(output + (row * columns.vectors + vector) * V,
+                 operation(x[u], Operation::kUsesGradient ? g[u] : x[u], grids));
+    }
+  }
+}
+
 /// Vectors counted below 2^31, for which the division by the length of runs is cheap.
 struct VectorRuns {
   uint32_t vectors;
@@ -354,6 +447,14 @@ void run_elementwise(const QuantizeArguments& a, const void* gradient, void* out
                        is_aligned(y, sizeof(Output) * kVector) &&
                        (!g || is_aligned(g, sizeof(Input) * kVector));
   const bool whole = a.map.count == 1 || a.map.inner % kVector == 0;
+  if (aligned && goes_by_column_vectors(a.numel, a.map, kVector)) {
+    const ColumnVectors columns(a.numel, a.map, kVector);
+    with_flag(a.zero_point != nullptr, [&](auto zero_point) {
+      launch(Operation::kName, column_kernel<Operation, kVector, zero_point.value>, columns.grid(8),
+             kQuantizeThreads, stream, x, g, y, columns, map);
+    });
+    return;
+  }
   with_flag(aligned && whole, [&](auto vectorized) {
     constexpr int V = vectorized.value ? kVector : 1;
     const auto start_short = [&]<int W, bool kWhole>() {
@@ -396,32 +497,42 @@ class LargestMagnitude {
   template <int V>
   __device__ void include(const Pack<T, V>& x) {
 #pragma unroll
-    for (int w = 0; w < Pack<T, V>::kWords; ++w) {
-      if constexpr (sizeof(T) == 4) {
-        bits_ = max(bits_, x.words[w] & 0x7fffffffu);
-      } else {
-        bits_ = __vmaxu2(bits_, x.words[w] & 0x7fff7fffu);
-      }
+    for (int w = 0; w < Pack<T, V>::kWords; ++w) include_word(x.words[w]);
+  }
+
+  /// One float, or up to two 16-bit elements.
+  __device__ void include_word(uint32_t word) {
+    if constexpr (sizeof(T) == 4) {
+      bits_ = max(bits_, word & 0x7fffffffu);
+    } else {
+      bits_ = __vmaxu2(bits_, word & 0x7fff7fffu);
     }
   }
 
   __device__ bool all_finite() const { return largest() < kInfinity; }
 
   /// The bits of the largest magnitude as a float.
-  __device__ uint32_t float_bits() const {
-    if constexpr (kIsBfloat16<T>) {
-      return largest() << 16;
-    } else if constexpr (kIsHalf<T>) {
-      return __float_as_uint(__half2float(__ushort_as_half(largest())));
-    } else {
-      return largest();
-    }
+  __device__ uint32_t float_bits() const { return as_float_bits(largest()); }
+
+  /// The same of one place in the words.
+  __device__ uint32_t float_bits_of(int place) const {
+    return as_float_bits(sizeof(T) == 4 ? bits_ : bits_ >> (16 * place) & 0xffffu);
   }
 
  private:
   static constexpr uint32_t kInfinity = kIsBfloat16<T> ? 0x7f80u
                                         : kIsHalf<T>   ? 0x7c00u
                                                        : kInfinityBits;
+
+  __device__ static uint32_t as_float_bits(uint32_t bits) {
+    if constexpr (kIsBfloat16<T>) {
+      return bits << 16;
+    } else if constexpr (kIsHalf<T>) {
+      return __float_as_uint(__half2float(__ushort_as_half(bits)));
+    } else {
+      return bits;
+    }
+  }
 
   __device__ uint32_t largest() const {
     return sizeof(T) == 4 ? bits_ : max(bits_ & 0xffffu, bits_ >> 16);

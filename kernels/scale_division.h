@@ -8,16 +8,24 @@ namespace vernier::cuda {
 
 /// The numeric contract's round_half_even(clamp(x / scale)) for many x and one scale.
 ///
-/// x times the rounded 1 / scale stands within 2^-24 of x / scale relative to it, and x / scale as
-/// IEEE division rounds it within 2^-24 again: together within 2^-15 for any quotient inside [-256,
+/// x times the reciprocal stands within 2^-23 of x / scale relative to it, and x / scale as IEEE
+/// division rounds it within 2^-24 again: together within 2^-14 for any quotient inside [-256,
 /// 256], where all codes are. Unless the product is that close to the middle between two integers,
 /// both round to the same integer; where it is, one divides. A scale that is a power of two has an
 /// exact reciprocal, and the product is always right.
 class ScaleDivision {
  public:
+  ScaleDivision() = default;
+
   /// `scale` is positive. Scales whose reciprocal is not a normal number, and NaN, divide always.
   __device__ explicit ScaleDivision(float scale) : scale_(scale) {
-    reciprocal_ = scale > 0x1p-120f && scale < 0x1p120f ? __frcp_rn(scale) : kNoReciprocal;
+    // The approximation, within 2^-22, and a step of Newton's: the rounded reciprocal but for cases
+    // that stand next to the middle between two floats, without the tests for what is not normal.
+    float approximate;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(approximate) : "f"(scale));
+    const float error = __fmaf_rn(-scale, approximate, 1.0f);
+    reciprocal_ = scale > 0x1p-120f && scale < 0x1p120f ? __fmaf_rn(approximate, error, approximate)
+                                                        : kNoReciprocal;
     const bool power_of_two = (__float_as_uint(scale) & 0x7fffffu) == 0;
     // Not infinity: what is infinite or NaN is never sure.
     largest_remainder_ = power_of_two ? 0x1.fffffep127f : 0.5f - 0x1p-13f;

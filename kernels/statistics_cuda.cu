@@ -646,12 +646,10 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelBlocks)
   Extremes mine[V];
   if (column < columns) {
     WordExtent<T> extents[kWords];
-#pragma unroll 4
-    for (int64_t row = first; row < rows; row += stride) {
-      const Pack<T, V> x = load_pack<V>(input + row * columns + column);
+    for_each_row_pack<V>(input + column, columns, first, rows, stride, [&](const Pack<T, V>& x) {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) extents[w].include(x.words[w]);
-    }
+    });
     bool all_finite = true;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
