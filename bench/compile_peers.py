@@ -140,7 +140,7 @@ def main():
     static, backward, norm = map(compiled, (fake_quantize_static, fake_quantize_backward, norm_and_quantize))
 
     def dynamic_fake_quantize(x):
-        return vernier.fake_quantize(x, vernier.per_token_scale(x), **channel)
+        return vernier.fake_quantize_dynamic(x, **channel)[0]
 
     # work, variant, bytes an element, inputs, step allowed, eager, {implementation: function}
     works = [

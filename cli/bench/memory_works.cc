@@ -3,6 +3,7 @@
 #include <vernier/cli/bench/check.h>
 #include <vernier/cli/bench/work.h>
 #include <vernier/kernels/dispatch.h>
+#include <vernier/kernels/fake_quantize.h>
 #include <vernier/kernels/quantize.h>
 #include <vernier/kernels/statistics.h>
 
@@ -170,16 +171,15 @@ Case prepare_fake_quantize_dynamic(const Place& place, Shape shape) {
   Case c;
   const SharedTensors x = begin(c, place, shape, torch::kBFloat16, 4);
   const Tensor scale = row_scales(x->front());
-  c.implementations.push_back(
-      {kVernier,
-       on_each(x,
-               [](const Tensor& t) -> Tensors {
-                 const Tensor scales =
-                     per_token_scale(t, symmetric_scheme(8, Granularity::per_token));
-                 return {fake_quantize(t, scales, std::nullopt, per_channel())};
-               }),
-       check_fake_quantized(x->front(), scale),
-       {}});
+  c.implementations.push_back({kVernier,
+                               on_each(x,
+                                       [](const Tensor& t) -> Tensors {
+                                         const auto [y, scales] =
+                                             fake_quantize_dynamic(t, per_channel());
+                                         return {y, scales};
+                                       }),
+                               check_fake_quantized(x->front(), scale),
+                               {}});
   const Tensor zero_points =
       torch::zeros({shape.m}, torch::dtype(torch::kInt).device(place.device));
   c.implementations.push_back({"torch eager",
