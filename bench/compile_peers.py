@@ -156,7 +156,7 @@ def main():
         ("quantize", "", 3, alone, 1, quantize_rows,
          {"vernier": vernier.quantize_per_token, "torch.compile": compiled(quantize_rows)}),
         ("norm_quantize", "", 3, alone, 2, lambda x: norm_and_quantize(x, weight, bias),
-         {"torch.compile": lambda x: norm(x, weight, bias)}),
+         {"vernier": lambda x: vernier.layer_norm_quantize(x, weight, bias)[:1], "torch.compile": lambda x: norm(x, weight, bias)}),
     ]
 
     rows, failed = [], False
