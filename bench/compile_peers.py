@@ -140,7 +140,7 @@ def main():
     static, backward, norm = map(compiled, (fake_quantize_static, fake_quantize_backward, norm_and_quantize))
 
     def dynamic_fake_quantize(x):
-        return vernier.fake_quantize(x, vernier.per_token_scale(x), **channel)
+        return vernier.fake_quantize_dynamic(x, **channel)[0]
 
     # work, variant, bytes an element, inputs, step allowed, eager, {implementation: function}
     works = [
@@ -156,7 +156,7 @@ def main():
         ("quantize", "", 3, alone, 1, quantize_rows,
          {"vernier": vernier.quantize_per_token, "torch.compile": compiled(quantize_rows)}),
         ("norm_quantize", "", 3, alone, 2, lambda x: norm_and_quantize(x, weight, bias),
-         {"torch.compile": lambda x: norm(x, weight, bias)}),
+         {"vernier": lambda x: vernier.layer_norm_quantize(x, weight, bias)[:1], "torch.compile": lambda x: norm(x, weight, bias)}),
     ]
 
     rows, failed = [], False

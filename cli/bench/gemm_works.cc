@@ -4,6 +4,7 @@
 #include <vernier/cli/bench/work.h>
 #include <vernier/kernels/dispatch.h>
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/fp8.h>
 #include <vernier/kernels/int8_gemm.h>
 #include <vernier/kernels/int8_gemm_device.h>
 #include <vernier/kernels/quantize.h>
@@ -388,6 +389,16 @@ Case prepare_fp8(const Place& place, Shape shape) {
   const auto as_run = [fp8](const auto& f) -> Run {
     return [fp8, f](int64_t set) { return Tensors{f(*fp8, static_cast<size_t>(set))}; };
   };
+  tune_fp8_linear(fp8->x[0], fp8->w[0], fp8->x_scale[0].flatten(), fp8->w_scale[0].flatten(),
+                  std::nullopt, torch::kBFloat16);
+  c.implementations.push_back({kVernier,
+                               as_run([](const Fp8Operands& p, size_t i) {
+                                 return fp8_linear(p.x[i], p.w[i], p.x_scale[i].flatten(),
+                                                   p.w_scale[i].flatten(), std::nullopt,
+                                                   torch::kBFloat16);
+                               }),
+                               check_scaled(fp8->x_scale[0], fp8->w_scale[0]),
+                               {}});
   c.implementations.push_back({"torch._scaled_mm, row-wise",
                                as_run([scaled_product](const Fp8Operands& p, size_t i) {
                                  return scaled_product(p, i, p.x_scale[i], p.w_scale[i]);

@@ -3,6 +3,8 @@
 #include <vernier/cli/bench/check.h>
 #include <vernier/cli/bench/work.h>
 #include <vernier/kernels/dispatch.h>
+#include <vernier/kernels/fake_quantize.h>
+#include <vernier/kernels/norm_quantize.h>
 #include <vernier/kernels/quantize.h>
 #include <vernier/kernels/statistics.h>
 
@@ -170,16 +172,15 @@ Case prepare_fake_quantize_dynamic(const Place& place, Shape shape) {
   Case c;
   const SharedTensors x = begin(c, place, shape, torch::kBFloat16, 4);
   const Tensor scale = row_scales(x->front());
-  c.implementations.push_back(
-      {kVernier,
-       on_each(x,
-               [](const Tensor& t) -> Tensors {
-                 const Tensor scales =
-                     per_token_scale(t, symmetric_scheme(8, Granularity::per_token));
-                 return {fake_quantize(t, scales, std::nullopt, per_channel())};
-               }),
-       check_fake_quantized(x->front(), scale),
-       {}});
+  c.implementations.push_back({kVernier,
+                               on_each(x,
+                                       [](const Tensor& t) -> Tensors {
+                                         const auto [y, scales] =
+                                             fake_quantize_dynamic(t, per_channel());
+                                         return {y, scales};
+                                       }),
+                               check_fake_quantized(x->front(), scale),
+                               {}});
   const Tensor zero_points =
       torch::zeros({shape.m}, torch::dtype(torch::kInt).device(place.device));
   c.implementations.push_back({"torch eager",
@@ -285,8 +286,18 @@ Case prepare_norm_quantize(const Place& place, Shape shape, bool rms) {
     return rms ? torch::rms_norm(t.to(type), {shape.k}, w, 1e-5)
                : torch::layer_norm(t.to(type), {shape.k}, w, bias.to(type), 1e-5);
   };
-  // Its output is rounded to bfloat16 before it is quantized: 127 steps a row of 8 bits each.
+  // A peer's output is rounded to bfloat16's 8 bits before it is quantized.
   const Tensor exact = norm(x->front(), torch::kDouble).to(torch::kFloat);
+  c.implementations.push_back({kVernier,
+                               on_each(x,
+                                       [=](const Tensor& t) -> Tensors {
+                                         const NormCodes y =
+                                             rms ? rms_norm_quantize(t, weight, {})
+                                                 : layer_norm_quantize(t, weight, bias, {});
+                                         return {y.codes, *y.scale};
+                                       }),
+                               check_near_codes(exact, row_scales(exact), 1),
+                               {}});
   c.implementations.push_back(
       {"torch eager",
        on_each(
