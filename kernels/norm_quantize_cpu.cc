@@ -10,15 +10,25 @@ namespace {
 /// The sum of f(element) in the contract's order; `add(sum, element)` gives the sum with it.
 template <typename Add>
 inline float sum_in_lanes(const float* values, int64_t n, const Add& add) {
-  std::array<float, kNormLanes> lanes = {};
+  constexpr int kWarp = 32;
+  const int lanes = norm_lanes(n);
+  std::array<float, kMostNormLanes* kNormWays> sums = {};
   for (int64_t begin = 0; begin < n; begin += kNormChunk) {
-    float& lane = lanes[begin / kNormChunk % kNormLanes];
+    float* const lane = &sums[begin / kNormChunk % lanes * kNormWays];
     const int64_t end = std::min(n, begin + kNormChunk);
-    for (int64_t c = begin; c < end; ++c) lane = add(lane, values[c]);
+    for (int64_t c = begin; c < end; ++c) lane[c % kNormWays] = add(lane[c % kNormWays], values[c]);
   }
-  for (int half = kNormLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  std::array<float, kMostNormLanes> lane;
+  for (int i = 0; i < lanes; ++i) {
+    const float* ways = &sums[i * kNormWays];
+    lane[i] = (ways[0] + ways[2]) + (ways[1] + ways[3]);
+  }
+  for (int half = kWarp / 2; half > 0; half /= 2)
+    for (int first = 0; first < lanes; first += kWarp)
+      for (int i = first; i < first + half; ++i) lane[i] += lane[i + half];
+  for (int half = lanes / 2; half >= kWarp; half /= 2)
+    for (int i = 0; i < half; i += kWarp) lane[i] += lane[i + half];
+  return lane[0];
 }
 
 /// Normalizes a row in place. `weight` and `bias` may be null.

@@ -19,13 +19,42 @@ __device__ void load_parameter(const NormQuantizeArguments& a, const void* param
   }
 }
 
+/// What is known when the kernel is compiled, so that no hot code steps around what others use: a
+/// sum of flags, or kGeneral, where the arguments alone tell.
+enum Form : int {
+  kGeneral = 0,
+  kPlain =
+      1,  ///< weight, and bias exactly where centered, of the input's half-precision type; no
+          ///< output, no pre_scale, row-major codes; the other flags are those of the arguments
+  kCentered = 2,
+  kResidual = 4,
+};
+
+template <typename T>
+bool is_plain(const NormQuantizeArguments& a) {
+  constexpr bool kFloat = std::is_same_v<T, float>;
+  return !kFloat && a.weight_type == a.codes.type && a.weight &&
+         (a.bias != nullptr) == a.centered && !a.codes.output && !a.codes.pre_scale &&
+         !a.codes.col32;
+}
+
 /// A chunk of a row's deviations from the mean becomes what is quantized. `element` is the index of
 /// its first one.
-template <typename T, bool kWhole>
+template <typename T, int kForm, bool kWhole>
 __device__ void normalize(const NormQuantizeArguments& a, float factor, int64_t element,
                           int64_t column, Chunk& x) {
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) x[j] = __fmul_rn(x[j], factor);
+  if constexpr (kForm != kGeneral) {
+    Chunk weight, bias;
+    load_chunk<true>(static_cast<const T*>(a.weight) + column, kChunk, weight);
+    if constexpr (kForm & kCentered)
+      load_chunk<true>(static_cast<const T*>(a.bias) + column, kChunk, bias);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j)
+      x[j] = kForm & kCentered ? __fmaf_rn(x[j], weight[j], bias[j]) : __fmul_rn(x[j], weight[j]);
+    return;
+  }
   if (a.weight) {
     Chunk weight;
     load_parameter<T, kWhole>(a, a.weight, column, weight);
@@ -65,12 +94,18 @@ __device__ inline float reciprocal_root(float sum_of_squares, float inverse_colu
   return result;
 }
 
-// A row of up to kGroup * kChunks chunks.
-template <typename T, int kGroup, int kChunks, bool kWhole>
-__global__ void __launch_bounds__(resident_threads(kChunks))
+/// Threads of a multiprocessor, whose registers have to suffice for as many.
+constexpr int resident_threads(int form, int group) {
+  if (form == kGeneral) return 512;
+  return (form & kCentered) && group < 512 ? 768 : 1024;
+}
+
+// A row of whole chunks, kChunks for each of kGroup threads; only their last one may be behind the
+// end of the row, and in the general form any.
+template <typename T, int kGroup, int kChunks, int kForm>
+__global__ void __launch_bounds__(Group<kGroup>::kBlock,
+                                  resident_threads(kForm, kGroup) / Group<kGroup>::kBlock)
     norm_kernel(const __grid_constant__ NormQuantizeArguments a, float inverse_columns) {
-  static_assert(kNormLanes % kGroup == 0);
-  constexpr int kLanes = kNormLanes / kGroup;  // partial sums of a thread
   using RowGroup = Group<kGroup>;
   __shared__ typename RowGroup::Memory memory;
   extern __shared__ __align__(16) unsigned char fetched[];
@@ -82,25 +117,26 @@ __global__ void __launch_bounds__(resident_threads(kChunks))
   const RowCodes& r = a.codes;
   const T* const input = static_cast<const T*>(a.input);
   const T* const residual = static_cast<const T*>(a.residual);
+  const bool has_residual = kForm ? (kForm & kResidual) != 0 : residual != nullptr;
+  const bool centered = kForm ? (kForm & kCentered) != 0 : a.centered;
   const int chunks = static_cast<int>(chunks_of(r));
-  const int code_chunks = static_cast<int>(code_chunks_of(r));
   // Of the thread's chunks: number, and first column.
   constexpr int kStep = kGroup * kChunk;
   const int first_column = RowGroup::thread() * kChunk;
   const auto left = [&](int u) { return static_cast<int>(r.columns) - first_column - u * kStep; };
-  const auto has = [&](int u) { return RowGroup::thread() + u * kGroup < chunks; };
+  const auto has = [&](int u) {
+    return (kForm != kGeneral && u + 1 < kChunks) || RowGroup::thread() + u * kGroup < chunks;
+  };
   const auto fetch = [&](int64_t row) {
-    if constexpr (kWhole) {
-      const int64_t first = row * r.columns + first_column;
+    const auto fetch_from = [&](const RowPrefetch& next, const T* source) {
+      source += row * r.columns + first_column;
+      asm volatile("" : "+l"(source));  // one address, and no register for it before its time
 #pragma unroll
       for (int u = 0; u < kChunks; ++u)
-        if (has(u)) next_input.start(u, input + first + u * kStep);
-      if (residual) {
-#pragma unroll
-        for (int u = 0; u < kChunks; ++u)
-          if (has(u)) next_residual.start(u, residual + first + u * kStep);
-      }
-    }
+        if (has(u)) next.start(u, source + u * kStep);
+    };
+    fetch_from(next_input, input);
+    if (has_residual) fetch_from(next_residual, residual);
   };
 
   const int64_t stride = int64_t{gridDim.x} * RowGroup::kRows;
@@ -109,88 +145,118 @@ __global__ void __launch_bounds__(resident_threads(kChunks))
   for (; row < r.rows; row += stride) {
     const int64_t first = row * r.columns + first_column;
     Chunk x[kChunks];
-    if constexpr (kWhole) RowPrefetch::wait();
+    RowPrefetch::wait();
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
-      if constexpr (kWhole) {
-        if (has(u)) {
-          next_input.read(u, x[u]);
-        } else {
-          clear_behind(0, x[u]);
-        }
+      if (has(u)) {
+        next_input.read(u, x[u]);
       } else {
-        load_chunk<false>(input + first + u * kStep, left(u), x[u]);
+        clear_behind(0, x[u]);
       }
     }
-    if (residual) {
+    if (has_residual) {
 #pragma unroll
       for (int u = 0; u < kChunks; ++u) {
         if (!has(u)) continue;
         Chunk other;
-        if constexpr (kWhole) {
-          next_residual.read(u, other);
-        } else {
-          load_chunk<false>(residual + first + u * kStep, left(u), other);
-        }
-        add_residual<T, kWhole>(a, first + u * kStep, left(u), other, x[u]);
+        next_residual.read(u, other);
+        add_residual<T, true>(a, first + u * kStep, left(u), other, x[u]);
       }
     }
     if (row + stride < r.rows) fetch(row + stride);
 
-    if (a.centered) {
-      float lanes[kLanes] = {};
+    if (centered) {
+      PartialSums sums = {};
 #pragma unroll
-      for (int u = 0; u < kChunks; ++u)
-        if (has(u)) add_chunk(x[u], lanes[u % kLanes]);
-      const float mean = __fmul_rn(group.sum(lanes), inverse_columns);
+      for (int u = 0; u < kChunks; ++u) add_chunk(x[u], sums);  // zeros do not change a sum
+      const float mean = __fmul_rn(group.sum(sums), inverse_columns);
 #pragma unroll
       for (int u = 0; u < kChunks; ++u) {
+        if (!has(u)) continue;
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) x[u][j] = __fsub_rn(x[u][j], mean);
-        if constexpr (!kWhole) clear_behind(left(u), x[u]);
       }
     }
-    float lanes[kLanes] = {};
+    PartialSums sums = {};
 #pragma unroll
-    for (int u = 0; u < kChunks; ++u)
-      if (has(u)) add_squares(x[u], lanes[u % kLanes]);
-    const float factor = reciprocal_root(group.sum(lanes), inverse_columns, a.epsilon);
+    for (int u = 0; u < kChunks; ++u) add_squares(x[u], sums);
+    const float factor = reciprocal_root(group.sum(sums), inverse_columns, a.epsilon);
 
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
       if (has(u))
-        normalize<T, kWhole>(a, factor, first + u * kStep, first_column + u * kStep, x[u]);
+        normalize<T, kForm, true>(a, factor, first + u * kStep, first_column + u * kStep, x[u]);
     }
 
-    const ChunkCodes codes =
-        r.scale ? static_codes(r)
-                : row_codes(r, row, group_amax(group, x, has), RowGroup::thread() == 0);
-    int8_t* target = r.codes + r.code_offset(row, first_column);
-    const int64_t target_step = r.col32 ? kStep * r.rows : kStep;
+    const auto quantization = [&] {
+      bool limited = true;
+      uint32_t bits = 0;
+      if (!r.scale) {
+        float amax = 0.0f;
 #pragma unroll
-    for (int u = 0; u < kChunks; ++u) {
-      if (RowGroup::thread() + u * kGroup < code_chunks)
-        store_codes<kWhole>(r, target, left(u), has(u) ? codes(x[u]) : uint2{0, 0});
-      target += target_step;
+        for (int u = 0; u < kChunks; ++u) add_magnitudes(x[u], amax);
+        bits = group.max(__float_as_uint(amax));
+        limited = bits >= kInfinityBits;
+        if (__builtin_expect(limited, false)) {
+          bits = 0;
+#pragma unroll
+          for (int u = 0; u < kChunks; ++u) bits = max(bits, finite_amax_bits(x[u]));
+          bits = group.max(bits);
+        }
+      }
+      const ChunkCodes codes =
+          r.scale ? static_codes(r) : row_codes(r, row, bits, RowGroup::thread() == 0);
+      if (limited) {
+#pragma unroll
+        for (int u = 0; u < kChunks; ++u) codes.clamp(x[u]);
+      }
+      return codes;
+    };
+    const ChunkCodes codes = quantization();
+    if constexpr (kForm != kGeneral) {
+      int8_t* const target = r.codes + first;
+      bool unsure = false;
+#pragma unroll
+      for (int u = 0; u < kChunks; ++u)
+        if (has(u)) *reinterpret_cast<uint2*>(target + u * kStep) = codes.likely(x[u], unsure);
+      // One detour a row, so that the code above has no gaps.
+      if (unsure) {
+#pragma unroll
+        for (int u = 0; u < kChunks; ++u)
+          if (has(u)) *reinterpret_cast<uint2*>(target + u * kStep) = codes.divided(x[u]);
+      }
+    } else {
+      const int code_chunks = static_cast<int>(code_chunks_of(r));
+      int8_t* target = r.codes + r.code_offset(row, first_column);
+      const int64_t target_step = r.col32 ? kStep * r.rows : kStep;
+#pragma unroll
+      for (int u = 0; u < kChunks; ++u) {
+        if (RowGroup::thread() + u * kGroup < code_chunks)
+          store_codes<true>(r, target, left(u), has(u) ? codes(x[u]) : uint2{0, 0});
+        target += target_step;
+      }
     }
   }
 }
 
 // A row of any length, read again for each pass: mostly from the second-level cache.
-template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kNormLanes)
+template <typename T, int kGroup, bool kWhole>
+__global__ void __launch_bounds__(Group<kGroup>::kBlock)
     long_norm_kernel(const __grid_constant__ NormQuantizeArguments a, float inverse_columns) {
-  using RowGroup = Group<kNormLanes>;
+  using RowGroup = Group<kGroup>;
   __shared__ typename RowGroup::Memory memory;
   RowGroup group(memory);
   const RowCodes& r = a.codes;
   const int64_t chunks = chunks_of(r);
-  for (int64_t row = blockIdx.x; row < r.rows; row += gridDim.x) {
+  const int thread = RowGroup::thread();
+  const int64_t stride = int64_t{gridDim.x} * RowGroup::kRows;
+  for (int64_t row = int64_t{blockIdx.x} * RowGroup::kRows + RowGroup::index(); row < r.rows;
+       row += stride) {
     const int64_t first = row * r.columns;
     // The first pass adds the residual; the others read the sum, each thread what it wrote itself.
     const T* source = static_cast<const T*>(a.input) + first;
     if (a.residual) {
-      for (int64_t v = threadIdx.x; v < chunks; v += kNormLanes) {
+      for (int64_t v = thread; v < chunks; v += kGroup) {
         const int64_t column = v * kChunk, left = r.columns - column;
         Chunk x, other;
         load_chunk<kWhole>(source + column, left, x);
@@ -201,8 +267,8 @@ __global__ void __launch_bounds__(kNormLanes)
     }
     // Calls f(column, x) with the deviations from `mean`.
     const auto for_each_chunk = [&](float mean, const auto& f) {
-#pragma unroll 2
-      for (int64_t v = threadIdx.x; v < chunks; v += kNormLanes) {
+#pragma unroll 1
+      for (int64_t v = thread; v < chunks; v += kGroup) {
         const int64_t column = v * kChunk;
         Chunk x;
         load_chunk<kWhole>(source + column, r.columns - column, x);
@@ -216,70 +282,102 @@ __global__ void __launch_bounds__(kNormLanes)
     };
     float mean = 0.0f;
     if (a.centered) {
-      float lanes[1] = {};
-      for_each_chunk(0.0f, [&](int64_t, const Chunk& x) { add_chunk(x, lanes[0]); });
-      mean = __fmul_rn(group.sum(lanes), inverse_columns);
+      PartialSums sums = {};
+      for_each_chunk(0.0f, [&](int64_t, const Chunk& x) { add_chunk(x, sums); });
+      mean = __fmul_rn(group.sum(sums), inverse_columns);
     }
-    float lanes[1] = {};
-    for_each_chunk(mean, [&](int64_t, const Chunk& x) { add_squares(x, lanes[0]); });
-    const float factor = reciprocal_root(group.sum(lanes), inverse_columns, a.epsilon);
+    PartialSums sums = {};
+    for_each_chunk(mean, [&](int64_t, const Chunk& x) { add_squares(x, sums); });
+    const float factor = reciprocal_root(group.sum(sums), inverse_columns, a.epsilon);
 
     uint32_t amax = 0;
     if (!r.scale) {
       for_each_chunk(mean, [&](int64_t column, Chunk& x) {
-        normalize<T, kWhole>(a, factor, first + column, column, x);
+        normalize<T, kGeneral, kWhole>(a, factor, first + column, column, x);
         amax = max(amax, finite_amax_bits(x));
       });
       amax = group.max(amax);
     }
-    const ChunkCodes codes = r.scale ? static_codes(r) : row_codes(r, row, amax, threadIdx.x == 0);
+    const ChunkCodes codes = r.scale ? static_codes(r) : row_codes(r, row, amax, thread == 0);
     for_each_chunk(mean, [&](int64_t column, Chunk& x) {
-      normalize<T, kWhole>(a, factor, first + column, column, x);
+      normalize<T, kGeneral, kWhole>(a, factor, first + column, column, x);
+      codes.clamp(x);
       store_codes<kWhole>(r, r.codes + r.code_offset(row, column), r.columns - column, codes(x));
     });
-    for (int64_t v = chunks + threadIdx.x; v < code_chunks_of(r); v += kNormLanes)
+    for (int64_t v = chunks + thread; v < code_chunks_of(r); v += kGroup)
       store_codes<kWhole>(r, r.codes + r.code_offset(row, v * kChunk), 0, uint2{0, 0});
   }
 }
 
 // ---- Launches -----------------------------------------------------------------------------------
 
-template <typename T, int kGroup, int kChunks, bool kWhole>
+template <typename T, int kGroup, int kChunks, int kForm>
 void start_norm(const NormQuantizeArguments& a, void* stream) {
   using RowGroup = Group<kGroup>;
-  const int memory =
-      kWhole ? Prefetch<T, RowGroup::kBlock, kChunks>::kBytes * (a.residual ? 2 : 1) : 0;
+  const int memory = Prefetch<T, RowGroup::kBlock, kChunks>::kBytes * (a.residual ? 2 : 1);
   const unsigned blocks = grid_size(divide_up(a.codes.rows, RowGroup::kRows),
-                                    resident_threads(kChunks) / RowGroup::kBlock);
-  launch_with_memory("norm_quantize", norm_kernel<T, kGroup, kChunks, kWhole>, blocks,
+                                    resident_threads(kForm, kGroup) / RowGroup::kBlock);
+  launch_with_memory("norm_quantize", norm_kernel<T, kGroup, kChunks, kForm>, blocks,
                      RowGroup::kBlock, memory, stream, a, a.inverse_columns());
 }
 
-template <typename T>
+template <typename T, int kGroup, int kChunks>
+void start_plain_norm(const NormQuantizeArguments& a, void* stream) {
+  with_flag(a.centered, [&](auto centered) {
+    with_flag(a.residual != nullptr, [&](auto residual) {
+      constexpr int kForm =
+          kPlain + (centered.value ? kCentered : 0) + (residual.value ? kResidual : 0);
+      start_norm<T, kGroup, kChunks, kForm>(a, stream);
+    });
+  });
+}
+
+template <typename T, int kGroup>
 void run_norm(const NormQuantizeArguments& a, void* stream) {
   const int64_t chunks = code_chunks_of(a.codes);
   const bool whole = has_whole_chunks(a.codes) && is_aligned(a.input, 16) &&
                      is_aligned(a.residual, 16) && is_aligned(a.sum, 16) &&
                      is_aligned(a.weight, 16) && is_aligned(a.bias, 16);
-  if (!whole && chunks <= 32 * 4) return start_norm<T, 32, 4, false>(a, stream);
-  if (whole && chunks <= 256 * 8) {
-    if (chunks <= 32 * 4) return start_norm<T, 32, 4, true>(a, stream);
-    if (chunks <= 64 * 4) return start_norm<T, 64, 4, true>(a, stream);
-    if (chunks <= 128 * 4) return start_norm<T, 128, 4, true>(a, stream);
-    if (chunks <= 256 * 4) return start_norm<T, 256, 4, true>(a, stream);
-    return start_norm<T, 256, 8, true>(a, stream);
+  if (whole && chunks <= kGroup * 4) {
+    if constexpr (!std::is_same_v<T, float>) {
+      // Rows of more than half of the chunks of their lanes, as all are above the fewest lanes.
+      if (is_plain<T>(a) && chunks > kGroup * 3) return start_plain_norm<T, kGroup, 4>(a, stream);
+      if (is_plain<T>(a) && chunks > kGroup * 2) return start_plain_norm<T, kGroup, 3>(a, stream);
+    }
+    return start_norm<T, kGroup, 4, kGeneral>(a, stream);
   }
-  with_flag(whole, [&](auto flag) {
-    launch("norm_quantize", long_norm_kernel<T, flag.value>, grid_size(a.codes.rows, 8), kNormLanes,
-           stream, a, a.inverse_columns());
-  });
+  const auto start = [&](auto flag) {
+    using RowGroup = Group<kGroup>;
+    launch("norm_quantize", long_norm_kernel<T, kGroup, flag.value>,
+           grid_size(divide_up(a.codes.rows, RowGroup::kRows), 2048 / RowGroup::kBlock),
+           RowGroup::kBlock, stream, a, a.inverse_columns());
+  };
+  if constexpr (kGroup == kMostNormLanes) {
+    if (whole) return start(std::true_type{});
+  }
+  start(std::false_type{});
 }
 
 }  // namespace
 
 void norm_quantize(const NormQuantizeArguments& a, void* stream) {
   if (a.codes.rows <= 0) return;
-  with_element_type(a.codes.type, [&]<typename T>(T*) { run_norm<T>(a, stream); });
+  with_element_type(a.codes.type, [&]<typename T>(T*) {
+    // A thread a lane, whose partial sums it keeps.
+    switch (norm_lanes(a.codes.columns)) {
+      case 32:
+        return run_norm<T, 32>(a, stream);
+      case 64:
+        return run_norm<T, 64>(a, stream);
+      case 128:
+        return run_norm<T, 128>(a, stream);
+      case 256:
+        return run_norm<T, 256>(a, stream);
+      default:
+        static_assert(kMostNormLanes == 512);
+        return run_norm<T, 512>(a, stream);
+    }
+  });
 }
 
 }  // namespace vernier::cuda

@@ -6,10 +6,20 @@
 
 namespace vernier {
 
-/// Element c of a row is added to partial sum (c / kNormChunk) % kNormLanes, in the order of c;
-/// then partial sum i takes in i + 128, i + 64, ..., i + 1.
+/// The order of the sums. A row has norm_lanes() lanes of kNormWays partial sums; element c is
+/// added to lane (c / kNormChunk) % lanes, way c % kNormWays, in the order of c. Then way i takes
+/// in i + 2, then i + 1; lane i of each 32 takes in i + 16, i + 8, ..., i + 1; and of the lanes /
+/// 32 sums that remain, sum i takes in the one half of them further on, until one is left.
 inline constexpr int kNormChunk = 8;
-inline constexpr int kNormLanes = 256;
+inline constexpr int kNormWays = 4;
+inline constexpr int kMostNormLanes = 512;
+
+/// A power of two: at most four chunks a lane, as far as there are lanes.
+VERNIER_HOST_DEVICE inline int norm_lanes(int64_t columns) {
+  int lanes = 32;
+  while (lanes < kMostNormLanes && lanes * 4 * kNormChunk < columns) lanes *= 2;
+  return lanes;
+}
 
 /// Raw arguments; everything is contiguous.
 struct NormQuantizeArguments {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <vernier/kernels/launch.h>
+#include <vernier/kernels/norm_quantize_device.h>
 #include <vernier/kernels/row_codes.h>
 
 namespace vernier::cuda {
@@ -110,7 +111,6 @@ class Prefetch {
 
   /// Starts to fetch a chunk into place u.
   __device__ void start(int u, const T* chunk) const {
-    asm volatile("" : "+l"(chunk));  // no register for the address before its time
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const T* source = chunk + i * kVectorSize<T>;
@@ -127,6 +127,17 @@ class Prefetch {
   }
   /// Everything that this thread started has arrived.
   __device__ static void wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+  /// Puts values of this thread in place of fetched ones.
+  __device__ void write(int u, const Chunk& x) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const uint4 words = pack_words<T>(x + i * kVectorSize<T>);
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(place(u, i)), "r"(words.x),
+                   "r"(words.y), "r"(words.z), "r"(words.w)
+                   : "memory");
+    }
+  }
 
   __device__ void read(int u, Chunk& x) const {
 #pragma unroll
@@ -155,14 +166,17 @@ __device__ inline void clear_behind(int64_t left, Chunk& x) {
     if (j >= left) x[j] = 0.0f;
 }
 
-__device__ inline void add_chunk(const Chunk& x, float& sum) {
+/// The partial sums of a thread: as many independent additions in a row as hide their latency.
+using PartialSums = float[kNormWays];
+
+__device__ inline void add_chunk(const Chunk& x, PartialSums& sums) {
 #pragma unroll
-  for (int j = 0; j < kChunk; ++j) sum = __fadd_rn(sum, x[j]);
+  for (int j = 0; j < kChunk; ++j) sums[j % kNormWays] = __fadd_rn(sums[j % kNormWays], x[j]);
 }
 
-__device__ inline void add_squares(const Chunk& x, float& sum) {
+__device__ inline void add_squares(const Chunk& x, PartialSums& sums) {
 #pragma unroll
-  for (int j = 0; j < kChunk; ++j) sum = __fmaf_rn(x[j], x[j], sum);
+  for (int j = 0; j < kChunk; ++j) sums[j % kNormWays] = __fmaf_rn(x[j], x[j], sums[j % kNormWays]);
 }
 
 /// Stores a chunk of the real values where the operation wants them and makes of it what is
@@ -183,10 +197,6 @@ __device__ void finish_values(const RowCodes& r, int64_t element, int64_t column
   }
 }
 
-/// Threads of a multiprocessor, whose registers have to suffice for as many that keep `chunks`
-/// chunks each.
-constexpr int resident_threads(int chunks) { return chunks <= 4 ? 768 : 512; }
-
 // ---- Groups of threads --------------------------------------------------------------------------
 
 /// kGroup consecutive threads that take a row together: a warp of a block of several, or the whole
@@ -201,7 +211,7 @@ class Group {
   /// Where the warps of a group meet: written and read in turns, so that one barrier separates a
   /// value from its readers and the next value from the readers of this one.
   struct Memory {
-    uint32_t values[2][kGroup];
+    uint32_t values[2][kWarps];
   };
 
   __device__ explicit Group(Memory& memory) : memory_(memory) {}
@@ -212,51 +222,35 @@ class Group {
   /// The largest of all threads' values.
   __device__ uint32_t max(uint32_t value) {
     value = __reduce_max_sync(kFullWarp, value);
-    if constexpr (kGroup > kWarp) {
-      uint32_t* const meeting = turn();
-      if (threadIdx.x % kWarp == 0) meeting[thread() / kWarp] = value;
-      __syncthreads();
-      value = meeting[0];
-#pragma unroll
-      for (int w = 1; w < kWarps; ++w) value = ::max(value, meeting[w]);
-    }
+    if constexpr (kGroup > kWarp) value = __reduce_max_sync(kFullWarp, exchange(value));
     return value;
   }
 
-  /// The sum of N = kPerThread * kGroup partial sums, number thread() + k * kGroup in lanes[k]: i
-  /// takes in i + N / 2, then i + N / 4, to i + 1.
-  template <int kPerThread>
-  __device__ float sum(float (&lanes)[kPerThread]) {
-#pragma unroll
-    for (int half = kPerThread / 2; half > 0; half /= 2)
-#pragma unroll
-      for (int k = 0; k < half; ++k) lanes[k] = __fadd_rn(lanes[k], lanes[k + half]);
-    float value = lanes[0];
-    if constexpr (kGroup > kWarp) {
-      uint32_t* const meeting = turn();
-      meeting[thread()] = __float_as_uint(value);
-      __syncthreads();
-      // Every warp for itself, which saves the way back.
-      float parts[kWarps];
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w)
-        parts[w] = __uint_as_float(meeting[w * kWarp + threadIdx.x % kWarp]);
-#pragma unroll
-      for (int half = kWarps / 2; half > 0; half /= 2)
-#pragma unroll
-        for (int w = 0; w < half; ++w) parts[w] = __fadd_rn(parts[w], parts[w + half]);
-      value = parts[0];
-    }
+  /// The sum of all threads' partial sums in the order of norm_quantize_device.h.
+  __device__ float sum(const PartialSums& sums) {
+    static_assert(kNormWays == 4);
+    float value = __fadd_rn(__fadd_rn(sums[0], sums[2]), __fadd_rn(sums[1], sums[3]));
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
       value = __fadd_rn(value, __shfl_xor_sync(kFullWarp, value, offset));
+    if constexpr (kGroup > kWarp) {
+      value = __uint_as_float(exchange(__float_as_uint(value)));
+#pragma unroll
+      for (int offset = kWarps / 2; offset > 0; offset /= 2)
+        value = __fadd_rn(value, __shfl_xor_sync(kFullWarp, value, offset));
+    }
     return value;
   }
 
  private:
-  __device__ uint32_t* turn() {
+  /// The value of warp number thread % kWarps: every warp gets all of them, which saves the way
+  /// back.
+  __device__ uint32_t exchange(uint32_t value) {
     turn_ ^= 1;
-    return memory_.values[turn_];
+    uint32_t* const meeting = memory_.values[turn_];
+    if (threadIdx.x % kWarp == 0) meeting[thread() / kWarp] = value;
+    __syncthreads();
+    return meeting[threadIdx.x % kWarps];
   }
 
   Memory& memory_;
@@ -271,38 +265,33 @@ __device__ inline uint32_t finite_amax_bits(const Chunk& x) {
   return bits;
 }
 
-/// The bits of the largest magnitude of a row, NaN and infinities left out: of the chunks x[u] of
-/// the group's threads for which has(u).
-template <int kGroup, int kChunks, typename Has>
-__device__ uint32_t group_amax(Group<kGroup>& group, Chunk (&x)[kChunks], const Has& has) {
-  float amax = 0.0f;
+/// The larger of two magnitudes; NaN if one is.
+__device__ inline float larger_magnitude(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return result;
+}
+
+__device__ inline void add_magnitudes(const Chunk& x, float& amax) {
 #pragma unroll
-  for (int u = 0; u < kChunks; ++u)
-    if (has(u)) {
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) amax = fmaxf(amax, fabsf(x[u][j]));  // takes no NaN
-    }
-  uint32_t bits = group.max(__float_as_uint(amax));
-  if (bits == kInfinityBits) {  // rare enough to go over it again
-    bits = 0;
-#pragma unroll
-    for (int u = 0; u < kChunks; ++u)
-      if (has(u)) bits = max(bits, finite_amax_bits(x[u]));
-    bits = group.max(bits);
-  }
-  return bits;
+  for (int j = 0; j < kChunk; ++j) amax = larger_magnitude(amax, x[j]);
 }
 
 // ---- Codes --------------------------------------------------------------------------------------
+
+/// round_half_even(x / scale) limited to [low, high] by division; one copy, since it is cold.
+__device__ __noinline__ inline float divided_code(float x, float scale, float low, float high) {
+  return fminf(fmaxf(rintf(__fdiv_rn(x, scale)), low), high);
+}
 
 /// The numeric contract's codes of many values and one scale, eight at a time.
 ///
 /// x / scale lies between its products with two numbers a little below and above 1 / scale, and so
 /// does its rounding to float32: below and above by 2^-21 relatively, against 2^-23 of the
 /// hardware's reciprocal and 2^-24 each of their own rounding and that of the quotient. Adding 1.5
-/// * 2^23 to the product in one operation rounds it half to even to an integer, in the low bits of
-/// the sum. Where both integers agree, they are the code; where they do not, which is rare, one
-/// divides.
+/// * 2^23 and the zero point to the product in one operation rounds it to an integer, in the low
+/// bits of the sum. Where both integers agree, they are the code; where they do not, which is rare
+/// and so in all ties, one divides.
 class ChunkCodes {
  public:
   /// `scale` is positive; scales whose reciprocal is not a normal number, and NaN, divide always.
@@ -310,64 +299,78 @@ class ChunkCodes {
       : scale_(scale),
         low_(static_cast<float>(qmin - zero_point)),
         high_(static_cast<float>(qmax - zero_point)),
-        zero_points_(static_cast<uint32_t>(zero_point & 0xff) * 0x01010101u) {
+        shift_(0x1.8p23f + static_cast<float>(zero_point)) {
     float reciprocal;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(scale));
     below_ = __fmul_rn(reciprocal, 1.0f - 0x1p-21f);
     above_ = __fmul_rn(reciprocal, 1.0f + 0x1p-21f);
     const uint32_t bits = __float_as_uint(scale);
     // Products with the reciprocal of a power of two are quotients; and half-precision values over
-    // such a scale often lie in the very middle between integers.
-    if ((bits & 0x007fffffu) == 0) below_ = above_ = __uint_as_float(0x7f000000u - bits);
+    // such a scale often lie in the very middle between integers, where an even zero point leaves
+    // the choice as it is.
+    if ((bits & 0x007fffffu) == 0 && zero_point % 2 == 0)
+      below_ = above_ = __uint_as_float(0x7f000000u - bits);
     if (!(scale > 0x1p-120f && scale < 0x1p120f)) below_ = above_ = __uint_as_float(0x7fffffffu);
   }
 
-  /// Codes of x, four a word.
-  __device__ uint2 operator()(const Chunk& x) const {
+  /// Limits x to where the codes are; NaN becomes the lowest. Values at a bound have its code,
+  /// since the bound's quotient is within two roundings of an integer.
+  __device__ void clamp(Chunk& x) const {
+    const float low = __fmul_rn(low_, scale_), high = __fmul_rn(high_, scale_);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) x[j] = fminf(fmaxf(x[j], low), high);
+  }
+
+  /// Codes, four a word, of values inside the range of the codes (clamp()). `unsure` becomes true
+  /// where they may be wrong and divided() is to tell.
+  __device__ uint2 likely(const Chunk& x, bool& unsure) const {
     float sums[kChunk];
-    bool differ = false;
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
-      sums[j] = __fmaf_rn(x[j], above_, kShift);
-      differ |= __fmaf_rn(x[j], below_, kShift) != sums[j];  // true for NaN
+      sums[j] = __fmaf_rn(x[j], above_, shift_);
+      unsure |= __fmaf_rn(x[j], below_, shift_) != sums[j];  // true for NaN
     }
-    if (differ) {
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j)
-        sums[j] = __fadd_rn(fminf(fmaxf(rintf(__fdiv_rn(x[j], scale_)), low_), high_), kShift);
-    }
+    return low_bytes(sums);
+  }
+
+  /// The same of any values, always right.
+  __device__ uint2 divided(const Chunk& x) const {
+    float sums[kChunk];
 #pragma unroll
     for (int j = 0; j < kChunk; ++j)
-      sums[j] = fminf(fmaxf(sums[j], __fadd_rn(low_, kShift)), __fadd_rn(high_, kShift));
-    uint2 words = {low_bytes(sums), low_bytes(sums + 4)};
-    if (zero_points_ != 0) {
-      words.x = __vadd4(words.x, zero_points_);
-      words.y = __vadd4(words.y, zero_points_);
-    }
+      sums[j] = __fadd_rn(divided_code(x[j], scale_, low_, high_), shift_);
+    return low_bytes(sums);
+  }
+
+  /// The same.
+  __device__ uint2 operator()(const Chunk& x) const {
+    bool unsure = false;
+    uint2 words = likely(x, unsure);
+    if (unsure) words = divided(x);
     return words;
   }
 
  private:
-  static constexpr float kShift = 0x1.8p23f;
-
-  __device__ static uint32_t low_bytes(const float* x) {
-    const uint32_t first = __byte_perm(__float_as_uint(x[0]), __float_as_uint(x[1]), 0x0040);
-    const uint32_t second = __byte_perm(__float_as_uint(x[2]), __float_as_uint(x[3]), 0x0040);
-    return __byte_perm(first, second, 0x5410);
+  __device__ static uint2 low_bytes(const Chunk& x) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      pairs[i] = __byte_perm(__float_as_uint(x[2 * i]), __float_as_uint(x[2 * i + 1]), 0x0040);
+    return {__byte_perm(pairs[0], pairs[1], 0x5410), __byte_perm(pairs[2], pairs[3], 0x5410)};
   }
 
   float scale_, low_, high_;
-  float below_, above_;
-  uint32_t zero_points_;
+  float below_, above_, shift_;
 };
 
-/// The static quantization of a tensor.
+/// The static quantization of a tensor. Its values need clamp().
 __device__ inline ChunkCodes static_codes(const RowCodes& r) {
   return ChunkCodes(__ldg(r.scale), r.zero_point ? __ldg(r.zero_point) : 0, r.qmin, r.qmax);
 }
 
 /// The dynamic quantization of a row whose absolute maximum over finite values has these bits;
-/// `first` for one thread of those that share the row, which stores the scale.
+/// `first` for one thread of those that share the row, which stores the scale. Finite values need
+/// no clamp().
 __device__ inline ChunkCodes row_codes(const RowCodes& r, int64_t row, uint32_t amax_bits,
                                        bool first) {
   const float scale = scale_from_amax(__uint_as_float(amax_bits), r.qmax);

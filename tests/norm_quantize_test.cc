@@ -26,14 +26,25 @@ Tensor scalar(float value) { return at::full({1}, value, at::kFloat); }
 
 /// The numeric contract once more, slowly.
 float sum_by_contract(const float* x, int64_t n, bool squares) {
-  std::array<float, 256> partial = {};
+  int lanes = 32;
+  while (lanes < 512 && 32 * lanes < n) lanes *= 2;
+  std::vector<std::array<float, 4>> ways(lanes, std::array<float, 4>{});
   for (int64_t c = 0; c < n; ++c) {
-    float& sum = partial[c / 8 % 256];
+    float& sum = ways[c / 8 % lanes][c % 4];
     sum = squares ? std::fmaf(x[c], x[c], sum) : sum + x[c];
   }
-  for (int half = 128; half >= 1; half /= 2)
-    for (int i = 0; i < half; ++i) partial[i] = partial[i] + partial[i + half];
-  return partial[0];
+  std::vector<float> warps;
+  for (int first = 0; first < lanes; first += 32) {
+    std::vector<float> sums;
+    for (int i = first; i < first + 32; ++i)
+      sums.push_back((ways[i][0] + ways[i][2]) + (ways[i][1] + ways[i][3]));
+    for (int half = 16; half >= 1; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
+    warps.push_back(sums[0]);
+  }
+  for (size_t half = warps.size() / 2; half >= 1; half /= 2)
+    for (size_t i = 0; i < half; ++i) warps[i] = warps[i] + warps[i + half];
+  return warps[0];
 }
 
 std::vector<float> norm_by_contract(const float* input, int64_t n, bool centered, float epsilon) {
@@ -50,7 +61,7 @@ std::vector<float> norm_by_contract(const float* input, int64_t n, bool centered
 
 TEST(NormQuantize, SumsInTheOrderOfTheContract) {
   at::manual_seed(1);
-  for (const int64_t columns : {1, 7, 8, 9, 100, 768, 2048, 2051, 5000, 16400}) {
+  for (const int64_t columns : {1, 7, 8, 9, 100, 768, 1024, 1025, 2048, 2051, 4100, 8200, 16400}) {
     const Tensor x = random_rows({2, columns}, at::kFloat);
     RowQuantization q;
     q.with_output = true;
