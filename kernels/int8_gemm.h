@@ -25,14 +25,15 @@ at::Tensor int8_matmul(const at::Tensor& codes, const at::Tensor& weight);
 
 /// The operands of a linear layer on codes: what turns accumulators into real values.
 struct Int8LinearOperands {
-  at::Tensor codes;                            ///< int8 [M, K]
-  at::Tensor weight;                           ///< int8 [N, K]
-  at::Tensor input_scale;                      ///< float32 [1] (static) or [M] (per token)
-  at::Tensor weight_scale;                     ///< float32 [1] or [N]
-  std::optional<at::Tensor> bias;              ///< float32 [N]
-  std::optional<at::Tensor> input_zero_point;  ///< int32 [1], for asymmetric activations
-  std::optional<at::Tensor> weight_sum;        ///< int32 [N]: sums over K of the weight's codes;
-                                               ///< goes with input_zero_point
+  at::Tensor codes;                               ///< int8 [M, K]
+  at::Tensor weight;                              ///< int8 [N, K]
+  at::Tensor input_scale;                         ///< float32 [1] (static) or [M] (per token)
+  at::Tensor weight_scale;                        ///< float32 [1] or [N]
+  std::optional<at::Tensor> bias = std::nullopt;  ///< float32 [N]
+  std::optional<at::Tensor> input_zero_point =
+      std::nullopt;                                     ///< int32 [1], for asymmetric activations
+  std::optional<at::Tensor> weight_sum = std::nullopt;  ///< int32 [N]: sums over K of the weight's
+                                                        ///< codes; goes with input_zero_point
   Activation activation = Activation::none;
 };
 

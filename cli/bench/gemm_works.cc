@@ -125,8 +125,7 @@ Tensor dequantize_accumulators(const Tensor& accumulators, const Tensor& x_scale
                                const Tensor& w_scale, const Tensor& bias) {
   Tensor output = torch::empty_like(accumulators, torch::kBFloat16);
   EpilogueArguments arguments;
-  arguments.output_type = ElementType::bf16;
-  arguments.accumulators = accumulators.const_data_ptr<int32_t>();
+  arguments.output_type = GemmOutput::bf16;
   arguments.rows = accumulators.size(0);
   arguments.columns = accumulators.size(1);
   arguments.input_scale = x_scale.const_data_ptr<float>();
@@ -136,8 +135,10 @@ Tensor dequantize_accumulators(const Tensor& accumulators, const Tensor& x_scale
   arguments.bias = bias.const_data_ptr<float>();
   arguments.output = output.data_ptr();
   on_device_of(
-      accumulators, [&] { cpu::int8_epilogue(arguments); },
-      [&](void* stream) { cuda::int8_epilogue(arguments, stream); });
+      accumulators, [&] { cpu::int8_epilogue(accumulators.const_data_ptr<int32_t>(), arguments); },
+      [&](void* stream) {
+        cuda::int8_epilogue(accumulators.const_data_ptr<int32_t>(), arguments, stream);
+      });
   return output;
 }
 #endif
@@ -250,9 +251,9 @@ Case prepare_int8_out(const Place& place, Shape shape) {
       {kVernier,
        on_sets(o,
                [y_scale](const Operands& p, size_t i) {
-                 const Tensor y =
-                     int8_linear(p.codes[i], p.weight[i], p.x_scale[i], p.w_scale[i], p.bias);
-                 return quantize(y, y_scale, std::nullopt, symmetric_scheme(8));
+                 return int8_linear_requantize(
+                     {p.codes[i], p.weight[i], p.x_scale[i], p.w_scale[i], p.bias}, y_scale,
+                     std::nullopt, symmetric_scheme(8));
                }),
        check_codes(exact_linear(*o).div_(scale).clamp_(-127, 127)),
        {}});
