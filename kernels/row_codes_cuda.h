@@ -2,7 +2,8 @@
 // of threads that take a row each, packed codes; internal, for .cu files only.
 //
 // A row is cut into chunks of 8 columns. Chunk v belongs to thread v % group of the group that
-// takes the row, which keeps its real values in registers from the loads to the codes.
+// takes the row, which keeps its real values from the loads to the codes. Hot code is short and
+// free of what is rare: more of it than the instruction cache holds costs several times as much.
 #pragma once
 
 #include <vernier/kernels/launch.h>
