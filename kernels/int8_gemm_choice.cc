@@ -14,9 +14,10 @@ namespace vernier {
 namespace {
 
 constexpr GemmConfiguration kConfigurations[] = {
-    {"128x256_cluster2x1", 128, 256, 2, 1, 1}, {"128x128_cluster2x1", 128, 128, 2, 1, 1},
-    {"128x64_cluster1x2", 128, 64, 1, 2, 2},   {"64x64_cluster1x2", 64, 64, 1, 2, 2},
-    {"64x32_cluster1x2", 64, 32, 1, 2, 2},     {"64x16_cluster1x2", 64, 16, 1, 2, 2},
+    {"128x256_cluster2x1", 128, 256, 2, 1},
+    {"128x128_cluster2x1", 128, 128, 2, 1},
+    {"64x64_cluster1x2", 64, 64, 1, 2},
+    {"64x32_cluster1x4", 64, 32, 1, 4},
 };
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -24,23 +25,25 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 GemmChoice estimate(int index, int64_t m, int64_t n, int64_t k, int multiprocessors) {
   const GemmConfiguration& c = kConfigurations[index];
   constexpr double kProducts = 4096;  // codes multiplied a cycle and multiprocessor
-  constexpr double kBytes = 24;       // loaded a cycle and multiprocessor when all load at once
-  constexpr double kStart = 2500;     // cycles of a launch: the pipeline fills
-  constexpr double kEpilogue = 0.1;   // cycles an output of a tile
-  constexpr double kExposed = 0.5;    // the part of it that the next tile's products do not hide
+  constexpr double kBytes = 38;       // loaded a cycle and multiprocessor
+  constexpr double kStart = 5000;     // cycles: the launch, and until the pipeline is full
+  constexpr double kEpilogue = 0.14;  // cycles an output of a tile
+  // Clusters of four do not find places on all multiprocessors.
+  constexpr double kPlacesOfFour = 0.91;
   GemmChoice choice;
   choice.index = index;
   const int cluster = c.cluster_m * c.cluster_n;
   choice.tiles = divide_up(m, int64_t{c.tile_m} * c.cluster_m) *
                  divide_up(n, int64_t{c.tile_n} * c.cluster_n) * cluster;
-  const int64_t usable = std::max(multiprocessors / cluster * cluster, 1);
+  const double places = cluster == 4 ? kPlacesOfFour * multiprocessors : multiprocessors;
+  const int64_t usable = std::max<int64_t>(static_cast<int64_t>(places) / cluster * cluster, 1);
   choice.rounds = divide_up(choice.tiles, usable);
   const double depth = static_cast<double>(divide_up(k, 128) * 128);
   const double products = double{1} * c.tile_m * c.tile_n * depth / kProducts;
   const double loads =
       (double{1} * c.tile_m / c.cluster_n + double{1} * c.tile_n / c.cluster_m) * depth / kBytes;
-  choice.cycles = kStart + static_cast<double>(choice.rounds) * std::max(products, loads) +
-                  kEpilogue * c.tile_m * c.tile_n * (1 + kExposed * (choice.rounds - 1));
+  choice.cycles = kStart + static_cast<double>(choice.rounds) *
+                               (std::max(products, loads) + kEpilogue * c.tile_m * c.tile_n);
   return choice;
 }
 

@@ -460,13 +460,12 @@ struct KernelShape {
   static_assert(kSharedMemory <= kMostSharedMemory);
 };
 
-/// The tile of a block, the ring's depth, how many blocks stand below and beside each other in a
-/// cluster, one of the two 1, and how many a multiprocessor holds.
-template <int kM, int kN, int kDepth, int kBelow, int kBeside, int kBlocks>
+/// The tile of a block, the ring's depth, and how many blocks stand below and beside each other in
+/// a cluster, one of the two 1.
+template <int kM, int kN, int kDepth, int kBelow, int kBeside>
 struct Tiling {
   static constexpr int kTileM = kM, kTileN = kN, kStages = kDepth;
   static constexpr int kClusterM = kBelow, kClusterN = kBeside, kCluster = kBelow * kBeside;
-  static constexpr int kResident = kBlocks;
   static_assert(kBelow == 1 || kBeside == 1);
   static constexpr int kShareA = kM / kBeside, kShareB = kN / kBelow;  // rows that a block loads
   template <typename Writer>
@@ -517,7 +516,7 @@ __global__ void __launch_bounds__(T::template Shape<TileWriter<Out, T::kTileN>>:
     return place.y * T::kClusterN + (T::kClusterN > 1 ? rank : 0);
   };
   if (warpgroup == Shape::kConsumers) {
-    if constexpr (T::kResident == 1) hopper::give_registers_back<40>();
+    if constexpr (Shape::kConsumers == 2) hopper::give_registers_back<40>();
     if (threadIdx.x == Shape::kConsumers * hopper::kWarpgroup) {
       const auto load = [&](const CUtensorMap& map, uint8_t* tile, uint64_t* full, int k, int row,
                             int share, bool shared) {
@@ -543,7 +542,7 @@ __global__ void __launch_bounds__(T::template Shape<TileWriter<Out, T::kTileN>>:
     }
     __syncwarp();
   } else {
-    if constexpr (T::kResident == 1) hopper::take_registers<232>();
+    if constexpr (Shape::kConsumers == 2) hopper::take_registers<232>();
     constexpr int kHalf = 64;
     Writer writer(epilogue, memory + Shape::kWriterOffset + warpgroup * Writer::kMemory,
                   kFirstWriterBarrier + warpgroup);
@@ -612,8 +611,7 @@ void run_tiling(const Operands& o, const EpilogueArguments& e, void* stream) {
   const TileOrder order{static_cast<int>(divide_up(e.rows, T::kTileM * T::kClusterM)),
                         static_cast<int>(divide_up(e.columns, T::kTileN * T::kClusterN))};
   const int64_t tiles = int64_t{order.rows} * order.columns;
-  static_assert(Shape::kSharedMemory * T::kResident <= kMostSharedMemory);
-  const int64_t clusters = std::min<int64_t>(tiles, multiprocessors() / T::kCluster * T::kResident);
+  const int64_t clusters = std::min<int64_t>(tiles, multiprocessors() / T::kCluster);
   launch_cluster(kernel, static_cast<unsigned>(clusters * T::kCluster), Shape::kThreads,
                  T::kCluster, Shape::kSharedMemory, stream, map_a, map_b, e,
                  static_cast<int>(divide_up(o.k, kTileK)), order);
@@ -626,17 +624,13 @@ void run(int index, const Operands& o, const EpilogueArguments& e, void* stream)
   // In the order of gemm_configurations().
   switch (index) {
     case 0:
-      return run_with(static_cast<Tiling<128, 256, 4, 2, 1, 1>*>(nullptr));
+      return run_with(static_cast<Tiling<128, 256, 4, 2, 1>*>(nullptr));
     case 1:
-      return run_with(static_cast<Tiling<128, 128, 6, 2, 1, 1>*>(nullptr));
+      return run_with(static_cast<Tiling<128, 128, 6, 2, 1>*>(nullptr));
     case 2:
-      return run_with(static_cast<Tiling<128, 64, 3, 1, 2, 2>*>(nullptr));
+      return run_with(static_cast<Tiling<64, 64, 12, 1, 2>*>(nullptr));
     case 3:
-      return run_with(static_cast<Tiling<64, 64, 6, 1, 2, 2>*>(nullptr));
-    case 4:
-      return run_with(static_cast<Tiling<64, 32, 8, 1, 2, 2>*>(nullptr));
-    case 5:
-      return run_with(static_cast<Tiling<64, 16, 10, 1, 2, 2>*>(nullptr));
+      return run_with(static_cast<Tiling<64, 32, 16, 1, 4>*>(nullptr));
     default:
       throw Error(concat("int8_gemm: there is no configuration ", index));
   }

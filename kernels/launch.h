@@ -34,7 +34,8 @@ inline cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(s
 template <typename... Parameters, typename... Arguments>
 void launch_with_memory(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                         int memory, void* stream, Arguments&&... arguments) {
-  constexpr int kWithoutAsking = 48 * 1024;
+  // A block gets 48 KiB without asking, of which its static shared memory takes a part.
+  constexpr int kWithoutAsking = 32 * 1024;
   if (memory > kWithoutAsking)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory), what);
   cudaLaunchConfig_t config = {};
