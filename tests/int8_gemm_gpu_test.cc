@@ -11,8 +11,8 @@
 
 #include <cstdlib>
 
-#include "int8_linear_operands.h"
-#include "temporary_folder.h"
+#include <vernier/tests/int8_linear_operands.h>
+#include <vernier/tests/temporary_folder.h>
 
 namespace vernier {
 namespace {

@@ -10,9 +10,9 @@
 #include <cstdlib>
 #include <fstream>
 
-#include "expect_error.h"
-#include "int8_linear_operands.h"
-#include "temporary_folder.h"
+#include <vernier/tests/expect_error.h>
+#include <vernier/tests/int8_linear_operands.h>
+#include <vernier/tests/temporary_folder.h>
 
 namespace vernier {
 namespace {
