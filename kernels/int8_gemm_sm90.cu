@@ -70,6 +70,12 @@ bool is_available() {
 
 void int8_gemm(int configuration, const int8_t* codes, const int8_t* weight, int64_t k,
                const EpilogueArguments& epilogue, void* stream) {
+  // The copy engine's coordinates and the numbers of tiles are 32-bit.
+  constexpr int64_t kMostRows = int64_t{1} << 30, kMostOutputs = int64_t{1} << 40;
+  VERNIER_CHECK(epilogue.rows <= kMostRows && epilogue.columns <= kMostRows &&
+                    epilogue.rows * epilogue.columns <= kMostOutputs,
+                "int8_gemm: an output of ", epilogue.rows, " x ", epilogue.columns,
+                " is too large for one product: split the batch");
   const Operands operands{codes, weight, k};
   switch (epilogue.output_type) {
     case GemmOutput::i32:

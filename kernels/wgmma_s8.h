@@ -12,20 +12,6 @@
 
 namespace vernier::cuda::hopper {
 
-/// d [64, 16] (+)= a [64, 32] * b [16, 32]^T; `accumulate` false starts from zero.
-__device__ inline void wgmma_s8(int32_t (&d)[8], uint64_t a, uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %10, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7"
-      "}, %8, %9, p;\n"
-      "}\n"
-      : VERNIER_OUT4(0), VERNIER_OUT4(4)
-      : "l"(a), "l"(b), "r"(static_cast<int32_t>(accumulate)));
-}
-
 /// d [64, 32] (+)= a [64, 32] * b [32, 32]^T; `accumulate` false starts from zero.
 __device__ inline void wgmma_s8(int32_t (&d)[16], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(

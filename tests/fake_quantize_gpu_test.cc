@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <vernier/kernels/error.h>
 #include <vernier/kernels/fake_quantize.h>
+#include <vernier/tests/gpu_compare.h>
 
 #include <limits>
 #include <vector>
@@ -12,34 +13,15 @@ namespace vernier {
 namespace {
 
 using at::Tensor;
+using testing::gpu;
+using testing::same;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr at::ScalarType kElementTypes[] = {at::kFloat, at::kHalf, at::kBFloat16};
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-class FakeQuantizeGpuTest : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (!at::hasCUDA()) GTEST_SKIP() << "no GPU found";
-    at::manual_seed(20260501);
-  }
-};
-
-Tensor gpu(const Tensor& tensor) { return tensor.to(at::kCUDA); }
-OptionalTensor gpu(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(gpu(*tensor)) : std::nullopt;
-}
-
-/// Equal bits, so that NaN equals NaN and -0.0 differs from 0.0.
-bool same(const Tensor& cpu, const Tensor& from_gpu) {
-  const auto bits = [](const Tensor& tensor) {
-    const Tensor dense = tensor.detach().cpu().contiguous();
-    return dense.view(dense.element_size() == 4 ? at::kInt : at::kShort);
-  };
-  return from_gpu.is_cuda() && cpu.scalar_type() == from_gpu.scalar_type() &&
-         cpu.sizes() == from_gpu.sizes() && at::equal(bits(cpu), bits(from_gpu));
-}
+class FakeQuantizeGpuTest : public testing::GpuTest {};
 
 struct Case {
   std::vector<int64_t> shape;

@@ -11,6 +11,7 @@
 
 #include <cstdlib>
 
+#include <vernier/tests/gpu_compare.h>
 #include <vernier/tests/int8_linear_operands.h>
 #include <vernier/tests/temporary_folder.h>
 
@@ -18,14 +19,9 @@ namespace vernier {
 namespace {
 
 using at::Tensor;
+using testing::same;
 
-class Int8GemmGpuTest : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (!at::hasCUDA()) GTEST_SKIP() << "no GPU found";
-    at::manual_seed(20261121);
-  }
-};
+class Int8GemmGpuTest : public testing::GpuTest {};
 
 constexpr Activation kActivations[] = {Activation::none, Activation::relu, Activation::gelu,
                                        Activation::gelu_tanh, Activation::silu};
@@ -33,22 +29,6 @@ constexpr Activation kActivations[] = {Activation::none, Activation::relu, Activ
 constexpr int64_t kShapes[][3] = {{1, 1, 1},      {1, 4096, 512}, {3, 5, 160},     {17, 33, 127},
                                   {64, 64, 128},  {65, 63, 129},  {128, 256, 64},  {300, 520, 1040},
                                   {257, 777, 96}, {1000, 24, 48}, {33, 2050, 2064}};
-
-/// NaN does not occur here, so that bits are values and the sign of zero.
-::testing::AssertionResult same(const Tensor& expected, const Tensor& actual) {
-  const Tensor got = actual.cpu();
-  if (got.scalar_type() != expected.scalar_type() || got.sizes() != expected.sizes())
-    return ::testing::AssertionFailure() << "dtype or shape";
-  const auto bits = [](const Tensor& t) {
-    if (!t.is_floating_point()) return t;
-    return t.view(t.element_size() == 4 ? at::kInt : at::kShort);
-  };
-  const Tensor differing = at::nonzero(bits(expected) != bits(got));
-  if (differing.size(0) == 0) return ::testing::AssertionSuccess();
-  return ::testing::AssertionFailure()
-         << differing.size(0) << " of " << got.numel() << " differ, first at row "
-         << differing[0][0].item<int64_t>() << ", column " << differing[0][1].item<int64_t>();
-}
 
 TEST_F(Int8GemmGpuTest, EveryOutputOfEveryShape) {
   int variant = 0;

@@ -7,6 +7,7 @@
 #include <vernier/kernels/int8_gemm_device.h>
 #include <vernier/kernels/quantize.h>
 #include <vernier/kernels/statistics.h>
+#include <vernier/tests/gpu_compare.h>
 
 #include <functional>
 #include <limits>
@@ -17,6 +18,9 @@ namespace vernier {
 namespace {
 
 using at::Tensor;
+using testing::bits;
+using testing::gpu;
+using testing::same;
 using OptionalTensor = std::optional<Tensor>;
 using View = std::function<Tensor(const Tensor&)>;
 
@@ -26,42 +30,7 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kSmallestDenormal = std::numeric_limits<float>::denorm_min();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-class KernelsGpuTest : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (!at::hasCUDA()) GTEST_SKIP() << "no GPU found";
-    at::manual_seed(20260401);
-  }
-};
-
-Tensor gpu(const Tensor& tensor) { return tensor.to(at::kCUDA); }
-OptionalTensor gpu(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(gpu(*tensor)) : std::nullopt;
-}
-
-/// The bits of a floating-point tensor, so that NaN equals NaN and -0.0 differs from 0.0.
-Tensor bits(const Tensor& tensor) {
-  const Tensor dense = tensor.detach().cpu().contiguous();
-  if (!at::isFloatingType(dense.scalar_type())) return dense;
-  return dense.view(dense.element_size() == 4 ? at::kInt : at::kShort);
-}
-
-::testing::AssertionResult same(const Tensor& cpu, const Tensor& from_gpu) {
-  if (!from_gpu.is_cuda()) return ::testing::AssertionFailure() << "the result is not on the GPU";
-  if (cpu.scalar_type() != from_gpu.scalar_type() || cpu.sizes() != from_gpu.sizes())
-    return ::testing::AssertionFailure()
-           << "dtype or shape: " << c10::toString(cpu.scalar_type()) << cpu.sizes() << " and "
-           << c10::toString(from_gpu.scalar_type()) << from_gpu.sizes();
-  const Tensor a = bits(cpu).flatten(), b = bits(from_gpu).flatten();
-  if (at::equal(a, b)) return ::testing::AssertionSuccess();
-  const Tensor differing = at::nonzero(a != b);
-  const int64_t i = differing[0].item<int64_t>();
-  return ::testing::AssertionFailure()
-         << differing.size(0) << " of " << a.numel() << " differ, first [" << i << "]: CPU "
-         << cpu.detach().flatten()[i].item<double>() << " (bits " << a[i].item<int64_t>()
-         << "), GPU " << from_gpu.detach().flatten()[i].item<double>() << " (bits "
-         << b[i].item<int64_t>() << ")";
-}
+class KernelsGpuTest : public testing::GpuTest {};
 
 /// n floats of random bits: normal, denormal, huge, NaN, infinite.
 Tensor random_bits(int64_t n) {
