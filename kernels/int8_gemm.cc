@@ -325,7 +325,8 @@ Tensor int8_linear_requantize(const Int8LinearOperands& o, const Tensor& output_
                  to_string(o.activation));
 }
 
-Int8GemmKernel int8_gemm_kernel(int64_t m, int64_t n, int64_t k) {
+Int8GemmKernel int8_gemm_kernel([[maybe_unused]] int64_t m, [[maybe_unused]] int64_t n,
+                                [[maybe_unused]] int64_t k) {
 #ifdef VERNIER_WITH_CUDA
   auto [name, reason] = cuda::int8_gemm_kernel(m, n, k);
   return {std::move(name), std::move(reason)};
