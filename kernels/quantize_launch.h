@@ -3,7 +3,6 @@
 // only.
 #pragma once
 
-#include <cuda_pipeline_primitives.h>
 #include <vernier/kernels/packed.h>
 #include <vernier/kernels/scale_division.h>
 
@@ -663,70 +662,59 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
   }
 }
 
-/// Threads of a multiprocessor, vectors of a row that each of them takes, and rows that a block of
-/// row_stream_kernel has room for: the one at work and those on their way.
-inline constexpr int kStreamThreads = 1024;
-inline constexpr int kStreamVectors = 4;
-inline constexpr int kStreamRows = 3;
+/// Threads of a multiprocessor that held_row_kernel leaves room for: more would have too few
+/// registers to hold their rows.
+inline constexpr int kHeldRowThreads = 1024;
 
-inline constexpr size_t stream_shared_bytes(int threads) {
-  return size_t{16} * kStreamRows * kStreamVectors * threads;
+/// Threads of a block that takes rows in groups of so many.
+__host__ __device__ constexpr int held_row_block(int group) {
+  return group > kWarp ? group : 2 * kWarp;
 }
 
-/// Rows that fit the registers of kThreads threads, 16 bytes a vector. The following rows are
-/// copied to shared memory meanwhile: between a row's loads and its stores stand the whole block's
-/// maximum and a division, during which memory would rest. A thread reads back only what it copied,
-/// and needs to wait for nobody else.
-template <typename Operation, int V, int kThreads>
-__global__ void __launch_bounds__(kThreads, kStreamThreads / kThreads)
-    row_stream_kernel(const typename Operation::Input* input, int64_t rows, int64_t columns,
-                      int32_t qmin, int32_t qmax, typename Operation::Output* output,
-                      float* scale) {
+/// Rows of at most kGroup * kHeld vectors, which their threads hold in registers: all loads of a
+/// row are under way at once, and each block takes its rows and ends. Between a row's loads and its
+/// stores stand the maximum of the group and a division; the other blocks of the multiprocessor
+/// keep memory busy meanwhile.
+template <typename Operation, int V, int kGroup, int kHeld>
+__global__ void __launch_bounds__(held_row_block(kGroup), kHeldRowThreads / held_row_block(kGroup))
+    held_row_kernel(const typename Operation::Input* input, int64_t rows, int64_t columns,
+                    int32_t qmin, int32_t qmax, typename Operation::Output* output, float* scale) {
   using T = typename Operation::Input;
-  extern __shared__ __align__(16) unsigned char stream_rows[];
-  auto* const staged = reinterpret_cast<Pack<T, V>*>(stream_rows) + threadIdx.x;
-  const auto place = [&](int slot, int u) {
-    return staged + (slot * kStreamVectors + u) * kThreads;
-  };
-  const int vectors = static_cast<int>(columns / V);
-  const auto fetch = [&](int64_t row, int slot) {
-    if (row < rows) {
-      const T* const x = input + row * columns + threadIdx.x * V;
+  const int thread = threadIdx.x % kGroup;
+  const int64_t row =
+      int64_t{blockIdx.x} * (held_row_block(kGroup) / kGroup) + threadIdx.x / kGroup;
+  const int vectors = row < rows ? static_cast<int>(columns) / V : 0;
+  const int64_t first = row * columns + thread * V;
+  Pack<T, V> held[kHeld];
 #pragma unroll
-      for (int u = 0; u < kStreamVectors; ++u) {
-        if (threadIdx.x + u * kThreads < vectors)
-          __pipeline_memcpy_async(place(slot, u), x + u * kThreads * V, 16);
-      }
+  for (int u = 0; u < kHeld; ++u) {
+    held[u] = {};
+    if (thread + u * kGroup < vectors) held[u] = load_pack<V>(input + first + u * kGroup * V);
+  }
+  LargestMagnitude<T> largest;
+#pragma unroll
+  for (int u = 0; u < kHeld; ++u) largest.include(held[u]);
+  uint32_t bits = largest.float_bits();
+  if (!largest.all_finite()) [[unlikely]] {
+    // Rare, and so in a loop that reads again: short code for all others.
+    bits = 0;
+#pragma unroll 1
+    for (int v = 0; thread + v < vectors; v += kGroup) {
+      const Vector<float, V> x = to_floats(load_pack<V>(input + first + v * V));
+#pragma unroll
+      for (int j = 0; j < V; ++j) bits = max(bits, finite_magnitude_bits(x[j]));
     }
-    __pipeline_commit();  // a group of copies each time, an empty one too, so that they are counted
-  };
+  }
+  const uint32_t amax = group_max<kGroup>(bits);
+  const float row_scale = scale_from_amax(__uint_as_float(amax), qmax);
+  if (thread == 0 && row < rows) scale[row] = row_scale;
+  if constexpr (!std::is_same_v<Operation, ScaleOnly<T>>) {
+    const Operation operation;
+    const CodeGrid grid(row_scale, 0, qmin, qmax);
 #pragma unroll
-  for (int s = 0; s < kStreamRows - 1; ++s) fetch(blockIdx.x + int64_t{gridDim.x} * s, s);
-  int slot = 0;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    fetch(row + int64_t{gridDim.x} * (kStreamRows - 1), slot == 0 ? kStreamRows - 1 : slot - 1);
-    __pipeline_wait_prior(kStreamRows - 1);
-    Pack<T, V> x[kStreamVectors];
-#pragma unroll
-    for (int u = 0; u < kStreamVectors; ++u)
-      if (threadIdx.x + u * kThreads < vectors) x[u] = *place(slot, u);
-    slot = slot == kStreamRows - 1 ? 0 : slot + 1;
-    const uint32_t amax = group_max<kThreads>(finite_amax_bits<T>([&](const auto& include) {
-#pragma unroll
-      for (int u = 0; u < kStreamVectors; ++u)
-        if (threadIdx.x + u * kThreads < vectors) include(x[u]);
-    }));
-    const float row_scale = scale_from_amax(__uint_as_float(amax), qmax);
-    if (threadIdx.x == 0) scale[row] = row_scale;
-    if constexpr (!std::is_same_v<Operation, ScaleOnly<T>>) {
-      const Operation operation;
-      const CodeGrid grid(row_scale, 0, qmin, qmax);
-      auto* const y = output + row * columns + threadIdx.x * V;
-#pragma unroll
-      for (int u = 0; u < kStreamVectors; ++u) {
-        if (threadIdx.x + u * kThreads < vectors)
-          store_pack(y + u * kThreads * V, operation(x[u], x[u], grid));
-      }
+    for (int u = 0; u < kHeld; ++u) {
+      if (thread + u * kGroup < vectors)
+        store_pack(output + first + u * kGroup * V, operation(held[u], held[u], grid));
     }
   }
 }
@@ -832,10 +820,11 @@ void run_rows(const char* name, const void* input_pointer, ElementType type, int
       launch(name, kernel, blocks, kQuantizeThreads, stream, input, vectors, qmin, qmax, output,
              scale);
     };
-    const auto start_stream = [&](auto* kernel, int threads) {
-      launch_with_memory(name, kernel, grid_size(rows, kStreamThreads / threads), threads,
-                         static_cast<int>(stream_shared_bytes(threads)), stream, input, rows,
-                         columns, qmin, qmax, output, scale);
+    const auto start_held = [&](auto* kernel, int group) {
+      const int threads = held_row_block(group);
+      const auto blocks = static_cast<unsigned>(divide_up(rows, threads / group));
+      launch(name, kernel, blocks, threads, stream, input, rows, columns, qmin, qmax, output,
+             scale);
     };
     // The smallest group that holds the row in registers.
     const int64_t vectors = columns / V;
@@ -846,18 +835,14 @@ void run_rows(const char* name, const void* input_pointer, ElementType type, int
       if (vectors == 32) return start_short(short_row_kernel<Operation, V, 32>, 32);
       if (vectors <= 8) return start(row_kernel<Operation, V, 8, 1>, 8);
       if (vectors <= 16) return start(row_kernel<Operation, V, 16, 1>, 16);
-    }
-    if (vectors <= kWarp * kHeld) return start(row_kernel<Operation, V, kWarp, kHeld>, kWarp);
-    if constexpr (V > 1) {
-      if (vectors <= 128 * kStreamVectors)
-        return start_stream(row_stream_kernel<Operation, V, 128>, 128);
-      if (vectors <= 256 * kStreamVectors)
-        return start_stream(row_stream_kernel<Operation, V, 256>, 256);
-      if (vectors <= 512 * kStreamVectors)
-        return start_stream(row_stream_kernel<Operation, V, 512>, 512);
-      if (vectors <= 1024 * kStreamVectors)
-        return start_stream(row_stream_kernel<Operation, V, 1024>, 1024);
+      if (vectors <= 32 * 4) return start_held(held_row_kernel<Operation, V, 32, 4>, 32);
+      if (vectors <= 32 * 8) return start_held(held_row_kernel<Operation, V, 32, 8>, 32);
+      if (vectors <= 64 * 8) return start_held(held_row_kernel<Operation, V, 64, 8>, 64);
+      if (vectors <= 128 * 8) return start_held(held_row_kernel<Operation, V, 128, 8>, 128);
+      if (vectors <= 256 * 8) return start_held(held_row_kernel<Operation, V, 256, 8>, 256);
+      if (vectors <= 512 * 8) return start_held(held_row_kernel<Operation, V, 512, 8>, 512);
     } else {
+      if (vectors <= kWarp * kHeld) return start(row_kernel<Operation, V, kWarp, kHeld>, kWarp);
       if (vectors <= 256 * kHeld) return start(row_kernel<Operation, V, 256, kHeld>, 256);
       if (vectors <= 512 * kHeld) return start(row_kernel<Operation, V, 512, kHeld>, 512);
     }
