@@ -441,7 +441,9 @@ void run_norm(const NormQuantizeArguments& a, void* stream) {
   if (whole && chunks <= kGroup * 4) {
     if constexpr (!std::is_same_v<T, float>) {
       // Rows of more than half of the chunks of their lanes, as all are above the fewest lanes.
-      const bool plain = is_plain<T>(a) && a.codes.rows <= std::numeric_limits<int32_t>::max();
+      // Float32 weights of short rows are faster where blocks stay.
+      const bool plain = is_plain<T>(a) && a.codes.rows <= std::numeric_limits<int32_t>::max() &&
+                         (kGroup > kWarp || a.weight_type == a.codes.type);
       if (plain && chunks > kGroup * 3) return start_plain_norm<T, kGroup, 4>(a, stream);
       if (plain && chunks > kGroup * 2) return start_plain_norm<T, kGroup, 3>(a, stream);
     }
