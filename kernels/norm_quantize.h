@@ -34,7 +34,7 @@ NormCodes layer_norm_quantize(const at::Tensor& input, const std::optional<at::T
                               const RowQuantization& quantization, const NormOptions& options = {});
 
 /// RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), likewise:
-///   y = x / sqrt(mean(x^2) + epsilon) * weight.
+///   y = x * weight / sqrt(mean(x^2) + epsilon).
 NormCodes rms_norm_quantize(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                             const RowQuantization& quantization, const NormOptions& options = {});
 

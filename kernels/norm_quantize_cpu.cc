@@ -31,7 +31,7 @@ inline float sum_in_lanes(const float* values, int64_t n, const Add& add) {
   return lane[0];
 }
 
-/// Normalizes a row in place. `weight` and `bias` may be null.
+/// Normalizes a row in place. `weight` and `bias` may be null; `bias` is unless `centered`.
 VERNIER_SIMD void normalize(float* x, int64_t n, bool centered, float inverse_n, float epsilon,
                             const float* weight, const float* bias) {
   if (centered) {
@@ -43,6 +43,10 @@ VERNIER_SIMD void normalize(float* x, int64_t n, bool centered, float inverse_n,
       sum_in_lanes(x, n, [](float sum, float d) { return math::fused_multiply_add(d, d, sum); }) *
       inverse_n;
   const float factor = 1.0f / std::sqrt(mean_square + epsilon);
+  if (!centered) {
+    for (int64_t c = 0; c < n; ++c) x[c] = (weight ? x[c] * weight[c] : x[c]) * factor;
+    return;
+  }
   for (int64_t c = 0; c < n; ++c) {
     float y = x[c] * factor;
     if (weight && bias) {

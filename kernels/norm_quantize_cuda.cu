@@ -2,6 +2,8 @@
 #include <vernier/kernels/norm_quantize_device.h>
 #include <vernier/kernels/row_codes_cuda.h>
 
+#include <limits>
+
 namespace vernier::cuda {
 namespace {
 
@@ -19,59 +21,31 @@ __device__ void load_parameter(const NormQuantizeArguments& a, const void* param
   }
 }
 
-/// What is known when the kernel is compiled, so that no hot code steps around what others use: a
-/// sum of flags, or kGeneral, where the arguments alone tell.
-enum Form : int {
-  kGeneral = 0,
-  kPlain =
-      1,  ///< weight, and bias exactly where centered, of the input's half-precision type; no
-          ///< output, no pre_scale, row-major codes; the other flags are those of the arguments
-  kCentered = 2,
-  kResidual = 4,
-};
-
-template <typename T>
-bool is_plain(const NormQuantizeArguments& a) {
-  constexpr bool kFloat = std::is_same_v<T, float>;
-  return !kFloat && a.weight_type == a.codes.type && a.weight &&
-         (a.bias != nullptr) == a.centered && !a.codes.output && !a.codes.pre_scale &&
-         !a.codes.col32;
-}
-
 /// A chunk of a row's deviations from the mean becomes what is quantized. `element` is the index of
 /// its first one.
-template <typename T, int kForm, bool kWhole>
+template <typename T, bool kWhole>
 __device__ void normalize(const NormQuantizeArguments& a, float factor, int64_t element,
                           int64_t column, Chunk& x) {
+  Chunk weight, bias;
+  if (a.weight) load_parameter<T, kWhole>(a, a.weight, column, weight);
+  if (!a.centered && a.weight) {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) x[j] = __fmul_rn(x[j], weight[j]);
+  }
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) x[j] = __fmul_rn(x[j], factor);
-  if constexpr (kForm != kGeneral) {
-    Chunk weight, bias;
-    load_chunk<true>(static_cast<const T*>(a.weight) + column, kChunk, weight);
-    if constexpr (kForm & kCentered)
-      load_chunk<true>(static_cast<const T*>(a.bias) + column, kChunk, bias);
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j)
-      x[j] = kForm & kCentered ? __fmaf_rn(x[j], weight[j], bias[j]) : __fmul_rn(x[j], weight[j]);
-    return;
-  }
-  if (a.weight) {
-    Chunk weight;
-    load_parameter<T, kWhole>(a, a.weight, column, weight);
-    if (a.bias) {
-      Chunk bias;
-      load_parameter<T, kWhole>(a, a.bias, column, bias);
+  if (a.bias) {
+    load_parameter<T, kWhole>(a, a.bias, column, bias);
+    if (a.weight) {
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) x[j] = __fmaf_rn(x[j], weight[j], bias[j]);
     } else {
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) x[j] = __fmul_rn(x[j], weight[j]);
+      for (int j = 0; j < kChunk; ++j) x[j] = __fadd_rn(x[j], bias[j]);
     }
-  } else if (a.bias) {
-    Chunk bias;
-    load_parameter<T, kWhole>(a, a.bias, column, bias);
+  } else if (a.centered && a.weight) {
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j) x[j] = __fadd_rn(x[j], bias[j]);
+    for (int j = 0; j < kChunk; ++j) x[j] = __fmul_rn(x[j], weight[j]);
   }
   finish_values<T, kWhole>(a.codes, element, column, x);
   if constexpr (!kWhole) clear_behind(a.codes.columns - column, x);
@@ -95,16 +69,152 @@ __device__ inline float reciprocal_root(float sum_of_squares, float inverse_colu
 }
 
 /// Threads of a multiprocessor, whose registers have to suffice for as many.
-constexpr int resident_threads(int form, int group) {
-  if (form == kGeneral) return 512;
-  return (form & kCentered) && group < 512 ? 768 : 1024;
+constexpr int kGeneralThreads = 512;
+constexpr int kPlainThreads = 1024;
+
+/// What is known of plain rows when the kernel is compiled, so that no hot code steps around what
+/// others use.
+enum Form : int { kCentered = 1, kResidual = 2 };
+
+/// Half-precision input, a weight, a bias exactly where centered; no output, no pre_scale,
+/// row-major codes.
+template <typename T>
+bool is_plain(const NormQuantizeArguments& a) {
+  return !std::is_same_v<T, float> && a.weight && (a.bias != nullptr) == a.centered &&
+         !a.codes.output && !a.codes.pre_scale && !a.codes.col32;
 }
 
-// A row of whole chunks, kChunks for each of kGroup threads; only their last one may be behind the
-// end of the row, and in the general form any.
-template <typename T, int kGroup, int kChunks, int kForm>
-__global__ void __launch_bounds__(Group<kGroup>::kBlock,
-                                  resident_threads(kForm, kGroup) / Group<kGroup>::kBlock)
+// A plain row for each group of kGroup threads: kChunks chunks a thread, of which the last one may
+// be behind the end of the row. Blocks that come and go keep more loads under way than blocks that
+// stay and fetch ahead.
+template <typename T, typename W, int kGroup, int kChunks, int kForm>
+__global__ void __launch_bounds__(Group<kGroup>::kBlock, kPlainThreads / Group<kGroup>::kBlock)
+    plain_norm_kernel(const __grid_constant__ NormQuantizeArguments a, float inverse_columns) {
+  using RowGroup = Group<kGroup>;
+  constexpr bool kIsCentered = (kForm & kCentered) != 0;
+  __shared__ typename RowGroup::Memory memory;
+  RowGroup group(memory);
+  const RowCodes& r = a.codes;
+  const int64_t row = int64_t{blockIdx.x} * RowGroup::kRows + RowGroup::index();
+  if (row >= r.rows) return;  // a group of one warp, which meets no others
+
+  constexpr int kStep = kGroup * kChunk;
+  const int first_column = RowGroup::thread() * kChunk;
+  const int64_t first = row * r.columns + first_column;
+  const bool has_last = first_column + (kChunks - 1) * kStep < r.columns;
+  const auto has = [&](int u) { return u + 1 < kChunks || has_last; };
+  const auto load = [&](const void* source, uint4(&words)[kChunks]) {
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u)
+      words[u] = has(u) ? __ldcs(reinterpret_cast<const uint4*>(static_cast<const T*>(source) +
+                                                                first + u * kStep))
+                        : uint4{};
+  };
+  Chunk x[kChunks];
+  {
+    uint4 words[kChunks], added[kChunks];
+    load(a.input, words);
+    if constexpr (kForm & kResidual) load(a.residual, added);
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) {
+      unpack_words<T>(words[u], x[u]);
+      if constexpr (kForm & kResidual) {
+        Chunk other;
+        unpack_words<T>(added[u], other);
+        if (has(u)) add_residual<T, true>(a, first + u * kStep, kChunk, other, x[u]);
+      }
+    }
+  }
+  const auto parameter = [&](const void* source, int u, Chunk& values) {
+    load_chunk<true>(static_cast<const W*>(source) + first_column + u * kStep, kChunk, values);
+  };
+
+  // What is quantized is x * factor.
+  float factor;
+  uint32_t bits;  // of the largest magnitude, NaN above all
+  if constexpr (kIsCentered) {
+    PartialSums sums = {};
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) add_chunk(x[u], sums);
+    const float mean = __fmul_rn(group.sum(sums), inverse_columns);
+    PartialSums squares = {};
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) {
+      if (!has(u)) continue;
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) x[u][j] = __fsub_rn(x[u][j], mean);
+      add_squares(x[u], squares);
+    }
+    const float root = reciprocal_root(group.sum(squares), inverse_columns, a.epsilon);
+    float amax = 0.0f;
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) {
+      if (!has(u)) continue;
+      Chunk weight, bias;
+      parameter(a.weight, u, weight);
+      parameter(a.bias, u, bias);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j)
+        x[u][j] = __fmaf_rn(__fmul_rn(x[u][j], root), weight[j], bias[j]);
+      add_magnitudes(x[u], amax);
+    }
+    factor = 1.0f;
+    bits = __float_as_uint(amax);
+    if (!r.scale) bits = group.max(bits);
+  } else {
+    // The product with a positive number keeps the order, so that the maximum need not wait for it.
+    PartialSums squares = {};
+    float amax = 0.0f;
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) {
+      if (!has(u)) continue;
+      Chunk weight;
+      parameter(a.weight, u, weight);
+      add_squares(x[u], squares);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) x[u][j] = __fmul_rn(x[u][j], weight[j]);
+      add_magnitudes(x[u], amax);
+    }
+    bits = __float_as_uint(amax);
+    factor = reciprocal_root(group.sum_and_max(squares, bits), inverse_columns, a.epsilon);
+    bits = __float_as_uint(__fmul_rn(__uint_as_float(bits), factor));
+  }
+
+  const auto quantization = [&] {
+    const bool first_thread = RowGroup::thread() == 0;
+    if (__builtin_expect(!r.scale && (bits & ~kSignBit) < kInfinityBits, true))
+      return row_codes(r, row, bits, first_thread, factor);
+    bits = 0;
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) x[u][j] = __fmul_rn(x[u][j], factor);
+      bits = max(bits, finite_amax_bits(x[u]));
+    }
+    const ChunkCodes codes =
+        r.scale ? static_codes(r) : row_codes(r, row, group.max(bits), first_thread);
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) codes.clamp(x[u]);
+    return codes;
+  };
+  const ChunkCodes codes = quantization();
+  int8_t* const target = r.codes + first;
+  bool unsure = false;
+#pragma unroll
+  for (int u = 0; u < kChunks; ++u)
+    if (has(u)) *reinterpret_cast<uint2*>(target + u * kStep) = codes.likely(x[u], unsure);
+  // One detour a row, so that the code above has no gaps.
+  if (unsure) {
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u)
+      if (has(u)) *reinterpret_cast<uint2*>(target + u * kStep) = codes.divided(x[u]);
+  }
+}
+
+// A row of whole chunks, at most kChunks for each of kGroup threads, with all that the arguments
+// allow.
+template <typename T, int kGroup, int kChunks>
+__global__ void __launch_bounds__(Group<kGroup>::kBlock, kGeneralThreads / Group<kGroup>::kBlock)
     norm_kernel(const __grid_constant__ NormQuantizeArguments a, float inverse_columns) {
   using RowGroup = Group<kGroup>;
   __shared__ typename RowGroup::Memory memory;
@@ -117,16 +227,13 @@ __global__ void __launch_bounds__(Group<kGroup>::kBlock,
   const RowCodes& r = a.codes;
   const T* const input = static_cast<const T*>(a.input);
   const T* const residual = static_cast<const T*>(a.residual);
-  const bool has_residual = kForm ? (kForm & kResidual) != 0 : residual != nullptr;
-  const bool centered = kForm ? (kForm & kCentered) != 0 : a.centered;
+  const bool has_residual = residual != nullptr;
   const int chunks = static_cast<int>(chunks_of(r));
   // Of the thread's chunks: number, and first column.
   constexpr int kStep = kGroup * kChunk;
   const int first_column = RowGroup::thread() * kChunk;
   const auto left = [&](int u) { return static_cast<int>(r.columns) - first_column - u * kStep; };
-  const auto has = [&](int u) {
-    return (kForm != kGeneral && u + 1 < kChunks) || RowGroup::thread() + u * kGroup < chunks;
-  };
+  const auto has = [&](int u) { return RowGroup::thread() + u * kGroup < chunks; };
   const auto fetch = [&](int64_t row) {
     const auto fetch_from = [&](const RowPrefetch& next, const T* source) {
       source += row * r.columns + first_column;
@@ -165,7 +272,7 @@ __global__ void __launch_bounds__(Group<kGroup>::kBlock,
     }
     if (row + stride < r.rows) fetch(row + stride);
 
-    if (centered) {
+    if (a.centered) {
       PartialSums sums = {};
 #pragma unroll
       for (int u = 0; u < kChunks; ++u) add_chunk(x[u], sums);  // zeros do not change a sum
@@ -184,8 +291,7 @@ __global__ void __launch_bounds__(Group<kGroup>::kBlock,
 
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
-      if (has(u))
-        normalize<T, kForm, true>(a, factor, first + u * kStep, first_column + u * kStep, x[u]);
+      if (has(u)) normalize<T, true>(a, factor, first + u * kStep, first_column + u * kStep, x[u]);
     }
 
     const auto quantization = [&] {
@@ -213,28 +319,14 @@ __global__ void __launch_bounds__(Group<kGroup>::kBlock,
       return codes;
     };
     const ChunkCodes codes = quantization();
-    if constexpr (kForm != kGeneral) {
-      int8_t* const target = r.codes + first;
-      bool unsure = false;
+    const int code_chunks = static_cast<int>(code_chunks_of(r));
+    int8_t* target = r.codes + r.code_offset(row, first_column);
+    const int64_t target_step = r.col32 ? kStep * r.rows : kStep;
 #pragma unroll
-      for (int u = 0; u < kChunks; ++u)
-        if (has(u)) *reinterpret_cast<uint2*>(target + u * kStep) = codes.likely(x[u], unsure);
-      // One detour a row, so that the code above has no gaps.
-      if (unsure) {
-#pragma unroll
-        for (int u = 0; u < kChunks; ++u)
-          if (has(u)) *reinterpret_cast<uint2*>(target + u * kStep) = codes.divided(x[u]);
-      }
-    } else {
-      const int code_chunks = static_cast<int>(code_chunks_of(r));
-      int8_t* target = r.codes + r.code_offset(row, first_column);
-      const int64_t target_step = r.col32 ? kStep * r.rows : kStep;
-#pragma unroll
-      for (int u = 0; u < kChunks; ++u) {
-        if (RowGroup::thread() + u * kGroup < code_chunks)
-          store_codes<true>(r, target, left(u), has(u) ? codes(x[u]) : uint2{0, 0});
-        target += target_step;
-      }
+    for (int u = 0; u < kChunks; ++u) {
+      if (RowGroup::thread() + u * kGroup < code_chunks)
+        store_codes<true>(r, target, left(u), has(u) ? codes(x[u]) : uint2{0, 0});
+      target += target_step;
     }
   }
 }
@@ -293,14 +385,14 @@ __global__ void __launch_bounds__(Group<kGroup>::kBlock)
     uint32_t amax = 0;
     if (!r.scale) {
       for_each_chunk(mean, [&](int64_t column, Chunk& x) {
-        normalize<T, kGeneral, kWhole>(a, factor, first + column, column, x);
+        normalize<T, kWhole>(a, factor, first + column, column, x);
         amax = max(amax, finite_amax_bits(x));
       });
       amax = group.max(amax);
     }
     const ChunkCodes codes = r.scale ? static_codes(r) : row_codes(r, row, amax, thread == 0);
     for_each_chunk(mean, [&](int64_t column, Chunk& x) {
-      normalize<T, kGeneral, kWhole>(a, factor, first + column, column, x);
+      normalize<T, kWhole>(a, factor, first + column, column, x);
       codes.clamp(x);
       store_codes<kWhole>(r, r.codes + r.code_offset(row, column), r.columns - column, codes(x));
     });
@@ -311,23 +403,31 @@ __global__ void __launch_bounds__(Group<kGroup>::kBlock)
 
 // ---- Launches -----------------------------------------------------------------------------------
 
-template <typename T, int kGroup, int kChunks, int kForm>
+template <typename T, int kGroup>
 void start_norm(const NormQuantizeArguments& a, void* stream) {
   using RowGroup = Group<kGroup>;
+  constexpr int kChunks = 4;
   const int memory = Prefetch<T, RowGroup::kBlock, kChunks>::kBytes * (a.residual ? 2 : 1);
-  const unsigned blocks = grid_size(divide_up(a.codes.rows, RowGroup::kRows),
-                                    resident_threads(kForm, kGroup) / RowGroup::kBlock);
-  launch_with_memory("norm_quantize", norm_kernel<T, kGroup, kChunks, kForm>, blocks,
-                     RowGroup::kBlock, memory, stream, a, a.inverse_columns());
+  const unsigned blocks =
+      grid_size(divide_up(a.codes.rows, RowGroup::kRows), kGeneralThreads / RowGroup::kBlock);
+  launch_with_memory("norm_quantize", norm_kernel<T, kGroup, kChunks>, blocks, RowGroup::kBlock,
+                     memory, stream, a, a.inverse_columns());
 }
 
 template <typename T, int kGroup, int kChunks>
 void start_plain_norm(const NormQuantizeArguments& a, void* stream) {
+  using RowGroup = Group<kGroup>;
+  const auto start = [&](auto centered, auto residual, auto own_type) {
+    constexpr int kForm = (centered.value ? kCentered : 0) + (residual.value ? kResidual : 0);
+    using W = std::conditional_t<own_type.value, T, float>;
+    launch("norm_quantize", plain_norm_kernel<T, W, kGroup, kChunks, kForm>,
+           static_cast<unsigned>(divide_up(a.codes.rows, RowGroup::kRows)), RowGroup::kBlock,
+           stream, a, a.inverse_columns());
+  };
   with_flag(a.centered, [&](auto centered) {
     with_flag(a.residual != nullptr, [&](auto residual) {
-      constexpr int kForm =
-          kPlain + (centered.value ? kCentered : 0) + (residual.value ? kResidual : 0);
-      start_norm<T, kGroup, kChunks, kForm>(a, stream);
+      with_flag(a.weight_type == a.codes.type,
+                [&](auto own_type) { start(centered, residual, own_type); });
     });
   });
 }
@@ -341,10 +441,13 @@ void run_norm(const NormQuantizeArguments& a, void* stream) {
   if (whole && chunks <= kGroup * 4) {
     if constexpr (!std::is_same_v<T, float>) {
       // Rows of more than half of the chunks of their lanes, as all are above the fewest lanes.
-      if (is_plain<T>(a) && chunks > kGroup * 3) return start_plain_norm<T, kGroup, 4>(a, stream);
-      if (is_plain<T>(a) && chunks > kGroup * 2) return start_plain_norm<T, kGroup, 3>(a, stream);
+      // Float32 weights of short rows are faster where blocks stay.
+      const bool plain = is_plain<T>(a) && a.codes.rows <= std::numeric_limits<int32_t>::max() &&
+                         (kGroup > kWarp || a.weight_type == a.codes.type);
+      if (plain && chunks > kGroup * 3) return start_plain_norm<T, kGroup, 4>(a, stream);
+      if (plain && chunks > kGroup * 2) return start_plain_norm<T, kGroup, 3>(a, stream);
     }
-    return start_norm<T, kGroup, 4, kGeneral>(a, stream);
+    return start_norm<T, kGroup>(a, stream);
   }
   const auto start = [&](auto flag) {
     using RowGroup = Group<kGroup>;

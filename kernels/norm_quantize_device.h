@@ -28,7 +28,7 @@ struct NormQuantizeArguments {
   const void* residual = nullptr;  ///< likewise, or null
   void* sum = nullptr;             ///< likewise, input + residual; null without residual
   const void* weight = nullptr;    ///< [columns] of weight_type, or null: ones
-  const void* bias = nullptr;      ///< [columns] of weight_type, or null: zeros
+  const void* bias = nullptr;      ///< likewise, or null: zeros; null unless centered
   ElementType weight_type = ElementType::f32;  ///< codes.type or f32
   bool centered = false;                       ///< LayerNorm; else RMSNorm
   float epsilon = 0;

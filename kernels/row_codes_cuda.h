@@ -212,7 +212,7 @@ class Group {
   /// Where the warps of a group meet: written and read in turns, so that one barrier separates a
   /// value from its readers and the next value from the readers of this one.
   struct Memory {
-    uint32_t values[2][kWarps];
+    uint2 values[2][kWarps];
   };
 
   __device__ explicit Group(Memory& memory) : memory_(memory) {}
@@ -223,32 +223,53 @@ class Group {
   /// The largest of all threads' values.
   __device__ uint32_t max(uint32_t value) {
     value = __reduce_max_sync(kFullWarp, value);
-    if constexpr (kGroup > kWarp) value = __reduce_max_sync(kFullWarp, exchange(value));
+    if constexpr (kGroup > kWarp) value = __reduce_max_sync(kFullWarp, exchange({value, 0}).x);
     return value;
   }
 
   /// The sum of all threads' partial sums in the order of norm_quantize_device.h.
   __device__ float sum(const PartialSums& sums) {
+    float value = sum_of_warp(sums);
+    if constexpr (kGroup > kWarp)
+      value = sum_of_warps(__uint_as_float(exchange({__float_as_uint(value), 0}).x));
+    return value;
+  }
+
+  /// Both at once; `value` becomes the largest.
+  __device__ float sum_and_max(const PartialSums& sums, uint32_t& value) {
+    float total = sum_of_warp(sums);
+    value = __reduce_max_sync(kFullWarp, value);
+    if constexpr (kGroup > kWarp) {
+      const uint2 both = exchange({__float_as_uint(total), value});
+      total = sum_of_warps(__uint_as_float(both.x));
+      value = __reduce_max_sync(kFullWarp, both.y);
+    }
+    return total;
+  }
+
+ private:
+  __device__ static float sum_of_warp(const PartialSums& sums) {
     static_assert(kNormWays == 4);
     float value = __fadd_rn(__fadd_rn(sums[0], sums[2]), __fadd_rn(sums[1], sums[3]));
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
       value = __fadd_rn(value, __shfl_xor_sync(kFullWarp, value, offset));
-    if constexpr (kGroup > kWarp) {
-      value = __uint_as_float(exchange(__float_as_uint(value)));
-#pragma unroll
-      for (int offset = kWarps / 2; offset > 0; offset /= 2)
-        value = __fadd_rn(value, __shfl_xor_sync(kFullWarp, value, offset));
-    }
     return value;
   }
 
- private:
-  /// The value of warp number thread % kWarps: every warp gets all of them, which saves the way
+  /// The sum of what exchange() gave.
+  __device__ static float sum_of_warps(float value) {
+#pragma unroll
+    for (int offset = kWarps / 2; offset > 0; offset /= 2)
+      value = __fadd_rn(value, __shfl_xor_sync(kFullWarp, value, offset));
+    return value;
+  }
+
+  /// The values of warp number thread % kWarps: every warp gets all of them, which saves the way
   /// back.
-  __device__ uint32_t exchange(uint32_t value) {
+  __device__ uint2 exchange(uint2 value) {
     turn_ ^= 1;
-    uint32_t* const meeting = memory_.values[turn_];
+    uint2* const meeting = memory_.values[turn_];
     if (threadIdx.x % kWarp == 0) meeting[thread() / kWarp] = value;
     __syncthreads();
     return meeting[threadIdx.x % kWarps];
@@ -293,29 +314,37 @@ __device__ __noinline__ inline float divided_code(float x, float scale, float lo
 /// * 2^23 and the zero point to the product in one operation rounds it to an integer, in the low
 /// bits of the sum. Where both integers agree, they are the code; where they do not, which is rare
 /// and so in all ties, one divides.
+///
+/// A factor that all values have still to be multiplied by goes into the two numbers, at 2^-24 for
+/// it and 2^-24 for the rounding of the product that it stands for.
 class ChunkCodes {
  public:
   /// `scale` is positive; scales whose reciprocal is not a normal number, and NaN, divide always.
-  __device__ ChunkCodes(float scale, int32_t zero_point, int32_t qmin, int32_t qmax)
+  /// The codes are those of x * factor.
+  __device__ ChunkCodes(float scale, int32_t zero_point, int32_t qmin, int32_t qmax,
+                        float factor = 1.0f)
       : scale_(scale),
+        factor_(factor),
         low_(static_cast<float>(qmin - zero_point)),
         high_(static_cast<float>(qmax - zero_point)),
         shift_(0x1.8p23f + static_cast<float>(zero_point)) {
     float reciprocal;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(scale));
+    reciprocal = __fmul_rn(reciprocal, factor);
     below_ = __fmul_rn(reciprocal, 1.0f - 0x1p-21f);
     above_ = __fmul_rn(reciprocal, 1.0f + 0x1p-21f);
     const uint32_t bits = __float_as_uint(scale);
     // Products with the reciprocal of a power of two are quotients; and half-precision values over
     // such a scale often lie in the very middle between integers, where an even zero point leaves
     // the choice as it is.
-    if ((bits & 0x007fffffu) == 0 && zero_point % 2 == 0)
+    if ((bits & 0x007fffffu) == 0 && zero_point % 2 == 0 && factor == 1.0f)
       below_ = above_ = __uint_as_float(0x7f000000u - bits);
-    if (!(scale > 0x1p-120f && scale < 0x1p120f)) below_ = above_ = __uint_as_float(0x7fffffffu);
+    if (!(scale > 0x1p-120f && scale < 0x1p120f && reciprocal > 0x1p-121f && reciprocal < 0x1p121f))
+      below_ = above_ = __uint_as_float(0x7fffffffu);
   }
 
-  /// Limits x to where the codes are; NaN becomes the lowest. Values at a bound have its code,
-  /// since the bound's quotient is within two roundings of an integer.
+  /// Limits x, whose factor is 1, to where the codes are; NaN becomes the lowest. Values at a bound
+  /// have its code, since the bound's quotient is within two roundings of an integer.
   __device__ void clamp(Chunk& x) const {
     const float low = __fmul_rn(low_, scale_), high = __fmul_rn(high_, scale_);
 #pragma unroll
@@ -339,7 +368,7 @@ class ChunkCodes {
     float sums[kChunk];
 #pragma unroll
     for (int j = 0; j < kChunk; ++j)
-      sums[j] = __fadd_rn(divided_code(x[j], scale_, low_, high_), shift_);
+      sums[j] = __fadd_rn(divided_code(__fmul_rn(x[j], factor_), scale_, low_, high_), shift_);
     return low_bytes(sums);
   }
 
@@ -360,7 +389,7 @@ class ChunkCodes {
     return {__byte_perm(pairs[0], pairs[1], 0x5410), __byte_perm(pairs[2], pairs[3], 0x5410)};
   }
 
-  float scale_, low_, high_;
+  float scale_, factor_, low_, high_;
   float below_, above_, shift_;
 };
 
@@ -371,12 +400,12 @@ __device__ inline ChunkCodes static_codes(const RowCodes& r) {
 
 /// The dynamic quantization of a row whose absolute maximum over finite values has these bits;
 /// `first` for one thread of those that share the row, which stores the scale. Finite values need
-/// no clamp().
+/// no clamp(). The codes are those of x * factor, as is the maximum.
 __device__ inline ChunkCodes row_codes(const RowCodes& r, int64_t row, uint32_t amax_bits,
-                                       bool first) {
+                                       bool first, float factor = 1.0f) {
   const float scale = scale_from_amax(__uint_as_float(amax_bits), r.qmax);
   if (first) r.row_scale[row] = scale;
-  return ChunkCodes(scale, 0, r.qmin, r.qmax);
+  return ChunkCodes(scale, 0, r.qmin, r.qmax, factor);
 }
 
 /// Chunks of a row.
