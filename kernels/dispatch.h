@@ -73,6 +73,26 @@ inline ScaleMap scale_map_of(const at::Tensor& input, const Scheme& scheme, int6
   return {std::max<int64_t>(inner, 1), input.size(axis)};
 }
 
+/// For the meta kernels, which know shapes and dtypes without data. A meta operand beside a real
+/// input comes there, too.
+inline void check_meta(const at::Tensor& input) {
+  VERNIER_CHECK(input.is_meta(), "an operand is on meta but the input is on ", input.device(),
+                ": move one of them");
+}
+
+/// Throws Error unless the gradient is one of `input`.
+inline void check_gradient(const at::Tensor& gradient, const at::Tensor& input) {
+  check_tensor(gradient, "gradient", input.scalar_type(), input);
+  VERNIER_CHECK(gradient.sizes() == input.sizes(), "gradient has shape ", gradient.sizes(),
+                " but the input has ", input.sizes());
+}
+
+/// The sizes of a tensor with one element a row: all but the last. They live as long as `tensor`.
+inline c10::SymIntArrayRef row_sizes(const at::Tensor& tensor) {
+  const auto sizes = tensor.sym_sizes();
+  return sizes.slice(0, sizes.empty() ? 0 : sizes.size() - 1);
+}
+
 #ifdef VERNIER_WITH_CUDA
 /// Makes a tensor's GPU current while it lives and names the stream to enqueue on.
 class CudaScope {

@@ -32,12 +32,6 @@ Tensor fake_quantize_kernel(const Tensor& input, const Tensor& scale,
   return output;
 }
 
-void check_gradient(const Tensor& gradient, const Tensor& input) {
-  check_tensor(gradient, "gradient", input.scalar_type(), input);
-  VERNIER_CHECK(gradient.sizes() == input.sizes(), "gradient has shape ", gradient.sizes(),
-                " but the input has ", input.sizes());
-}
-
 Tensor fake_quantize_backward_kernel(const Tensor& gradient, const Tensor& input,
                                      const Tensor& scale, const OptionalTensor& zero_point,
                                      int64_t bits, std::string_view granularity, int64_t axis,

@@ -109,9 +109,7 @@ Tensor fake_quantize_backward_kernel(const Tensor& gradient, const Tensor& input
                                      std::string_view granularity, int64_t axis,
                                      int64_t group_size) {
   const Scheme scheme = scheme_from_arguments(format, granularity, group_size);
-  check_tensor(gradient, "gradient", input.scalar_type(), input);
-  VERNIER_CHECK(gradient.sizes() == input.sizes(), "gradient has shape ", gradient.sizes(),
-                " but the input has ", input.sizes());
+  check_gradient(gradient, input);
   const Prepared p(input, element_type_of(input.scalar_type(), "input"), scale, scheme, axis);
   const Tensor dense = gradient.contiguous();
   Tensor output = at::empty(input.sizes(), input.options());
@@ -124,17 +122,11 @@ Tensor fake_quantize_backward_kernel(const Tensor& gradient, const Tensor& input
   return output;
 }
 
-Tensor empty_row_scales(const Tensor& input) {
-  const auto sizes = input.sizes();
-  return at::empty(sizes.slice(0, sizes.empty() ? 0 : sizes.size() - 1),
-                   input.options().dtype(at::kFloat));
-}
-
 Tensor per_token_scale_kernel(const Tensor& input, std::string_view format) {
   const int32_t largest = fp8_scheme(fp8_format(format)).qmax();
   const ElementType type = element_type_of(input.scalar_type(), "input");
   const Tensor x = input.contiguous();
-  Tensor scale = empty_row_scales(input);
+  Tensor scale = at::empty_symint(row_sizes(input), input.options().dtype(at::kFloat));
   float* out = scale.data_ptr<float>();
   const int64_t rows = rows_of(x), columns = columns_of(x);
   on_device_of(
@@ -155,7 +147,7 @@ std::tuple<Tensor, Tensor> quantize_per_token_kernel(const Tensor& input,
   }
   const ElementType type = element_type_of(input.scalar_type(), "input");
   const Tensor x = input.contiguous();
-  Tensor scale = empty_row_scales(input);
+  Tensor scale = at::empty_symint(row_sizes(input), input.options().dtype(at::kFloat));
   Tensor codes = at::empty(input.sizes(), input.options().dtype(fp8_dtype(format)));
   on_device_of(
       x, [] {},
@@ -349,11 +341,6 @@ void tune_fp8_linear_kernel(const Tensor& codes, const Tensor& weight, const Ten
 
 // ---- Shapes and dtypes without data -------------------------------------------------------------
 
-void check_meta(const Tensor& input) {
-  VERNIER_CHECK(input.is_meta(), "an operand is on meta but the input is on ", input.device(),
-                ": move one of them");
-}
-
 Tensor quantize_meta(const Tensor& input, const Tensor&, std::string_view format, std::string_view,
                      int64_t, int64_t) {
   check_meta(input);
@@ -376,9 +363,7 @@ Tensor fake_quantize_backward_meta(const Tensor&, const Tensor& input, const Ten
 }
 Tensor per_token_scale_meta(const Tensor& input, std::string_view) {
   check_meta(input);
-  const auto sizes = input.sym_sizes();
-  return at::empty_symint(sizes.slice(0, sizes.empty() ? 0 : sizes.size() - 1),
-                          input.options().dtype(at::kFloat));
+  return at::empty_symint(row_sizes(input), input.options().dtype(at::kFloat));
 }
 std::tuple<Tensor, Tensor> quantize_per_token_meta(const Tensor& input, std::string_view format) {
   check_meta(input);

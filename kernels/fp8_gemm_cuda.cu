@@ -1,5 +1,6 @@
 #include <vernier/kernels/cublaslt.h>
 #include <vernier/kernels/fp8_device.h>
+#include <vernier/kernels/stopwatch.h>
 
 #include <array>
 #include <limits>
@@ -121,35 +122,7 @@ Algorithms find_algorithms(cublasLtHandle_t handle, Problem& problem, const Fp8G
 using ShapeKey = std::tuple<int, int64_t, int64_t, int64_t, NumberFormat, NumberFormat, ElementType,
                             bool, bool, bool, bool, int64_t, uint32_t>;
 
-// The algorithm of each shape; one that is not usable says that there is none.
-class AlgorithmCache {
- public:
-  struct Entry {
-    bool usable = false;
-    cublasLtMatmulAlgo_t algorithm = {};
-  };
-
-  /// The entry kept for the key; choose()'s where there is none yet.
-  template <typename F>
-  Entry get(const ShapeKey& key, const F& choose) {
-    const std::lock_guard lock(mutex_);
-    const auto found = entries_.find(key);
-    if (found != entries_.end()) return found->second;
-    // Text of every length brings a new m: forgetting all of them now and then is cheap and bounds
-    // the memory.
-    if (entries_.size() >= kMost) entries_.clear();
-    return entries_[key] = choose();
-  }
-  void put(const ShapeKey& key, const Entry& entry) {
-    const std::lock_guard lock(mutex_);
-    entries_[key] = entry;
-  }
-
- private:
-  static constexpr size_t kMost = 4096;
-  std::mutex mutex_;
-  std::map<ShapeKey, Entry> entries_;
-};
+using AlgorithmCache = CublasLtAlgorithmCache<ShapeKey>;
 
 AlgorithmCache& algorithm_cache() {
   static auto& cache = *new AlgorithmCache;
@@ -184,38 +157,6 @@ bool multiply(cublasLtHandle_t handle, Problem& problem, const Fp8GemmArguments&
   return false;
 }
 
-// A pair of events that take the time of what is enqueued between them.
-class Stopwatch {
- public:
-  explicit Stopwatch(void* stream) : stream_(as_stream(stream)) {
-    check(cudaEventCreate(&begin_), "cudaEventCreate");
-    const cudaError_t status = cudaEventCreate(&end_);
-    if (status != cudaSuccess) cudaEventDestroy(begin_);
-    check(status, "cudaEventCreate");
-  }
-  Stopwatch(const Stopwatch&) = delete;
-  Stopwatch& operator=(const Stopwatch&) = delete;
-  ~Stopwatch() {
-    cudaEventDestroy(begin_);
-    cudaEventDestroy(end_);
-  }
-
-  template <typename F>
-  float milliseconds(const F& work) {
-    check(cudaEventRecord(begin_, stream_), kName);
-    work();
-    check(cudaEventRecord(end_, stream_), kName);
-    check(cudaEventSynchronize(end_), kName);
-    float elapsed = 0;
-    check(cudaEventElapsedTime(&elapsed, begin_, end_), kName);
-    return elapsed;
-  }
-
- private:
-  cudaStream_t stream_;
-  cudaEvent_t begin_ = nullptr, end_ = nullptr;
-};
-
 }  // namespace
 
 bool fp8_matmul(const Fp8GemmArguments& a, void* stream) {
@@ -225,7 +166,7 @@ bool fp8_matmul(const Fp8GemmArguments& a, void* stream) {
   if (!handle || !problem.usable) return false;
   const ShapeKey key = key_of(a, device);
   bool done = false;
-  const auto entry = algorithm_cache().get(key, [&]() -> AlgorithmCache::Entry {
+  const auto entry = algorithm_cache().get(key, [&]() -> CublasLtAlgorithm {
     // The first that runs: some that the heuristic offers are refused.
     const Algorithms algorithms = find_algorithms(handle, problem, a);
     for (int i = 0; i < algorithms.count && !done; ++i)
@@ -244,7 +185,7 @@ bool tune_fp8_matmul(const Fp8GemmArguments& a, void* stream) {
   if (!handle || !problem.usable) return false;
   const Algorithms algorithms = find_algorithms(handle, problem, a);
   constexpr int kRounds = 5, kRepeats = 8;
-  Stopwatch stopwatch(stream);
+  Stopwatch stopwatch(stream, kName);
   std::array<float, kCandidates> least;
   least.fill(std::numeric_limits<float>::infinity());
   std::array<bool, kCandidates> runs = {};

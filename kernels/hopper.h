@@ -90,6 +90,7 @@ __device__ inline void load_tile_multicast(const CUtensorMap* map, void* target,
       "h"(blocks)
       : "memory");
 }
+
 // ---- Clusters -----------------------------------------------------------------------------------
 
 __device__ inline uint32_t cluster_rank() {
@@ -105,6 +106,7 @@ __device__ inline void cluster_sync_relaxed() {
       "barrier.cluster.wait;" ::
           : "memory");
 }
+
 // ---- Warpgroups ---------------------------------------------------------------------------------
 
 template <int kRegisters>

@@ -2,9 +2,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <torch/library.h>
-#include <vernier/kernels/dispatch.h>
 #include <vernier/kernels/int8_gemm.h>
 #include <vernier/kernels/int8_gemm_device.h>
+#include <vernier/kernels/quantize_dispatch.h>
 
 #include <deque>
 #include <limits>
@@ -120,9 +120,9 @@ GemmOutput output_type_of(at::ScalarType dtype) {
 }
 
 // Checked, contiguous operands, kept alive beside the raw arguments that point into them.
-class Prepared {
+class PreparedLinear {
  public:
-  Prepared(const Int8LinearOperands& o) : codes_(o.codes), weight_(o.weight) {
+  explicit PreparedLinear(const Int8LinearOperands& o) : codes_(o.codes), weight_(o.weight) {
     check_operands(codes_, weight_);
     const int64_t m = codes_.size(0), n = weight_.size(0);
     check_tensor(o.input_scale, "input_scale", at::kFloat, codes_);
@@ -210,8 +210,8 @@ Tensor int8_linear_kernel(const Tensor& codes, const Tensor& weight, const Tenso
                           const OptionalTensor& input_zero_point, const OptionalTensor& weight_sum,
                           at::ScalarType dtype, std::string_view activation) {
   const GemmOutput type = output_type_of(dtype);
-  Prepared prepared({codes, weight, input_scale, weight_scale, bias, input_zero_point, weight_sum,
-                     activation_from_string(activation)});
+  PreparedLinear prepared({codes, weight, input_scale, weight_scale, bias, input_zero_point,
+                           weight_sum, activation_from_string(activation)});
   return prepared.run(dtype, type);
 }
 
@@ -222,13 +222,10 @@ Tensor int8_linear_requantize_kernel(const Tensor& codes, const Tensor& weight,
                                      const OptionalTensor& weight_sum, const Tensor& output_scale,
                                      const OptionalTensor& output_zero_point, int64_t bits,
                                      bool narrow_range, std::string_view activation) {
-  Scheme scheme;
-  VERNIER_CHECK(bits >= 2 && bits <= 8, "bits must be 2 to 8, not ", bits);
-  scheme.bits = static_cast<int>(bits);
-  scheme.symmetric = !output_zero_point.has_value();
-  scheme.narrow_range = narrow_range;
-  Prepared prepared({codes, weight, input_scale, weight_scale, bias, input_zero_point, weight_sum,
-                     activation_from_string(activation)});
+  const Scheme scheme =
+      scheme_from_arguments(!output_zero_point, bits, "per_tensor", 0, narrow_range);
+  PreparedLinear prepared({codes, weight, input_scale, weight_scale, bias, input_zero_point,
+                           weight_sum, activation_from_string(activation)});
   prepared.requantize(output_scale, output_zero_point, scheme);
   return prepared.run(at::kChar, GemmOutput::i8);
 }

@@ -3,6 +3,7 @@
 #include <vernier/kernels/int8_gemm_device.h>
 #include <vernier/kernels/int8_gemm_sm90.h>
 #include <vernier/kernels/launch.h>
+#include <vernier/kernels/stopwatch.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -183,45 +184,17 @@ struct Problem {
   }
 };
 
-// What cuBLASLt chose for a shape, if anything.
-struct Algorithm {
-  bool usable = false;
-  cublasLtMatmulAlgo_t algorithm = {};
-};
 using ShapeKey =
     std::tuple<int, int64_t, int64_t, int64_t, uint32_t>;  // device, m, n, k, alignment
 
-class AlgorithmCache {
- public:
-  /// The algorithm kept for the key; choose()'s where there is none yet.
-  template <typename F>
-  Algorithm get(const ShapeKey& key, const F& choose) {
-    const std::lock_guard lock(mutex_);
-    const auto found = algorithms_.find(key);
-    if (found != algorithms_.end()) return found->second;
-    // Text of every length brings a new m: forgetting all of them now and then is cheap and bounds
-    // the memory.
-    if (algorithms_.size() >= kMost) algorithms_.clear();
-    return algorithms_[key] = choose();
-  }
-  /// Keeps the key from being asked for again.
-  void reject(const ShapeKey& key) {
-    const std::lock_guard lock(mutex_);
-    algorithms_[key].usable = false;
-  }
-
- private:
-  static constexpr size_t kMost = 4096;
-  std::mutex mutex_;
-  std::map<ShapeKey, Algorithm> algorithms_;
-};
+using AlgorithmCache = CublasLtAlgorithmCache<ShapeKey>;
 
 AlgorithmCache& algorithm_cache() {
   static auto& cache = *new AlgorithmCache;
   return cache;
 }
 
-Algorithm choose_algorithm(cublasLtHandle_t handle, Problem& problem, uint32_t alignment) {
+CublasLtAlgorithm choose_algorithm(cublasLtHandle_t handle, Problem& problem, uint32_t alignment) {
   cublasLtMatmulPreferenceOpaque_t preference;
   bool ok = cublasLtMatmulPreferenceInit(&preference) == CUBLAS_STATUS_SUCCESS;
   const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
@@ -257,7 +230,7 @@ bool library_matmul(const int8_t* codes, const int8_t* weight, int64_t m, int64_
   const uint32_t alignment = aligned ? 256 : 16;
 
   const ShapeKey key{device, m, n, k, alignment};
-  const Algorithm algorithm =
+  const CublasLtAlgorithm algorithm =
       algorithm_cache().get(key, [&] { return choose_algorithm(handle, problem, alignment); });
   if (!algorithm.usable) return false;
 
@@ -268,7 +241,7 @@ bool library_matmul(const int8_t* codes, const int8_t* weight, int64_t m, int64_
                      &algorithm.algorithm, workspace, kLibraryWorkspace, stream);
   if (status == CUBLAS_STATUS_SUCCESS) return true;
   cudaGetLastError();  // the fallback's launch must not be blamed
-  algorithm_cache().reject(key);
+  algorithm_cache().put(key, {});
   return false;
 }
 
@@ -359,33 +332,17 @@ GemmTuningCache& tuning_cache() {
   return caches.try_emplace(device, gemm_tuning_file(properties.name)).first->second;
 }
 
-class Event {
- public:
-  Event() { check(cudaEventCreate(&event_), "cudaEventCreate"); }
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-  ~Event() { cudaEventDestroy(event_); }
-  cudaEvent_t get() const { return event_; }
-
- private:
-  cudaEvent_t event_ = nullptr;
-};
-
 /// The configuration that computes this very product fastest; the output is written many times.
 int fastest_configuration(const int8_t* codes, const int8_t* weight, int64_t k,
                           const EpilogueArguments& e, void* stream) {
   constexpr int kRuns = 5;
-  const Event start, end;
+  Stopwatch stopwatch(stream, kName);
   int best = 0;
   float least = std::numeric_limits<float>::infinity();
   for (int i = 0; i < static_cast<int>(gemm_configurations().size()); ++i) {
-    for (int run = -1; run < kRuns; ++run) {  // the first is not timed
-      check(cudaEventRecord(start.get(), as_stream(stream)), kName);
-      sm90::int8_gemm(i, codes, weight, k, e, stream);
-      check(cudaEventRecord(end.get(), as_stream(stream)), kName);
-      check(cudaEventSynchronize(end.get()), kName);
-      float time = 0;
-      check(cudaEventElapsedTime(&time, start.get(), end.get()), kName);
+    for (int run = -1; run < kRuns; ++run) {  // the first does not count
+      const float time =
+          stopwatch.milliseconds([&] { sm90::int8_gemm(i, codes, weight, k, e, stream); });
       if (run < 0 || time >= least) continue;
       least = time;
       best = i;

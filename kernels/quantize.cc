@@ -45,17 +45,11 @@ Scheme per_token_scheme(int64_t bits, bool narrow_range) {
   return scheme_from_arguments(true, bits, "per_token", 0, narrow_range);
 }
 
-Tensor empty_row_scales(const Tensor& input) {
-  const auto sizes = input.sizes();
-  return at::empty(sizes.slice(0, sizes.empty() ? 0 : sizes.size() - 1),
-                   input.options().dtype(at::kFloat));
-}
-
 Tensor per_token_scale_kernel(const Tensor& input, int64_t bits, bool narrow_range) {
   const Scheme scheme = per_token_scheme(bits, narrow_range);
   const ElementType type = element_type_of(input.scalar_type(), "input");
   const Tensor x = input.contiguous();
-  Tensor scale = empty_row_scales(input);
+  Tensor scale = at::empty_symint(row_sizes(input), input.options().dtype(at::kFloat));
   float* out = scale.data_ptr<float>();
   const int64_t rows = rows_of(x), columns = columns_of(x);
   on_device_of(
@@ -71,7 +65,7 @@ std::tuple<Tensor, Tensor> quantize_per_token_kernel(const Tensor& input, int64_
   const Scheme scheme = per_token_scheme(bits, narrow_range);
   const ElementType type = element_type_of(input.scalar_type(), "input");
   const Tensor x = input.contiguous();
-  Tensor scale = empty_row_scales(input);
+  Tensor scale = at::empty_symint(row_sizes(input), input.options().dtype(at::kFloat));
   Tensor codes = at::empty(input.sizes(), input.options().dtype(at::kChar));
   float* scale_out = scale.data_ptr<float>();
   int8_t* codes_out = codes.data_ptr<int8_t>();
@@ -90,7 +84,6 @@ std::tuple<Tensor, Tensor> quantize_per_token_kernel(const Tensor& input, int64_
 }
 
 // Shapes and dtypes without data, for tracing.
-
 Tensor quantize_meta(const Tensor& input, const Tensor&, const OptionalTensor&, int64_t,
                      std::string_view, int64_t, int64_t, bool) {
   check_meta(input);
@@ -103,9 +96,7 @@ Tensor dequantize_meta(const Tensor& codes, const Tensor&, const OptionalTensor&
 }
 Tensor per_token_scale_meta(const Tensor& input, int64_t, bool) {
   check_meta(input);
-  const auto sizes = input.sym_sizes();
-  return at::empty_symint(sizes.slice(0, sizes.empty() ? 0 : sizes.size() - 1),
-                          input.options().dtype(at::kFloat));
+  return at::empty_symint(row_sizes(input), input.options().dtype(at::kFloat));
 }
 std::tuple<Tensor, Tensor> quantize_per_token_meta(const Tensor& input, int64_t bits,
                                                    bool narrow_range) {
@@ -162,6 +153,7 @@ TORCH_LIBRARY_IMPL(vernier, Meta, m) {
   m.impl("per_token_scale", TORCH_FN(per_token_scale_meta));
   m.impl("quantize_per_token", TORCH_FN(quantize_per_token_meta));
 }
+
 Tensor quantize(const Tensor& input, const Tensor& scale, const OptionalTensor& zero_point,
                 const Scheme& scheme, int64_t axis) {
   check_zero_point(scheme, zero_point);

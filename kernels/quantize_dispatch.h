@@ -65,13 +65,6 @@ struct Prepared {
   }
 };
 
-/// For the meta kernels, which know shapes and dtypes without data. A meta operand beside a real
-/// input comes there, too.
-inline void check_meta(const at::Tensor& input) {
-  VERNIER_CHECK(input.is_meta(), "an operand is on meta but the input is on ", input.device(),
-                ": move one of them");
-}
-
 /// A scheme has zero points if and only if it is asymmetric, so that qmin and qmax agree with the
 /// operator's view.
 inline void check_zero_point(const Scheme& scheme, const std::optional<at::Tensor>& zero_point) {
