@@ -12,48 +12,51 @@ namespace vernier::cuda::hopper {
 
 constexpr int kWarpgroup = 128;
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+/// An address in the block's shared memory. The loops around the tensor cores calculate with these,
+/// of 32 bits and equal in a warp, so that the compiler keeps them in uniform registers: a pointer
+/// would take a dozen instructions for each product.
+using SharedAddress = uint32_t;
+
+__device__ inline SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
 }
+/// The value, known to the compiler as equal in all threads of a warp. To be called by whole warps.
+__device__ inline int warp_uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
 
 // ---- Barriers (mbarrier) ------------------------------------------------------------------------
 
-__device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(arrivals));
+__device__ inline void barrier_init(SharedAddress barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 /// Makes initialized barriers visible to the cluster and the copy engine.
 __device__ inline void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 /// One arrival that also announces `bytes` of copies to wait for.
-__device__ inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
+__device__ inline void barrier_arrive_expecting(SharedAddress barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
-/// One arrival at the barrier of the same place in block `rank` of the cluster. It orders no writes
-/// of this thread for other blocks, which would cost a fence of the whole GPU.
-__device__ inline void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
+/// The address in block `rank` of the cluster of what stands at `address` here.
+__device__ inline SharedAddress address_in_block(SharedAddress address, uint32_t rank) {
+  SharedAddress there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+/// One arrival at a barrier of any block of the cluster. It orders no writes of this thread for
+/// other blocks, which would cost a fence of the whole GPU.
+__device__ inline void barrier_arrive_cluster(SharedAddress barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 /// Waits until the phase of this parity is complete.
-__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+__device__ inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
+      "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
@@ -71,23 +74,23 @@ __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }
 /// Enqueues the copy of the map's box at (column, row); `barrier` counts its bytes.
-__device__ inline void load_tile(const CUtensorMap* map, void* target, uint64_t* barrier,
-                                 int32_t column, int32_t row) {
+__device__ inline void load_tile(const CUtensorMap* map, SharedAddress target,
+                                 SharedAddress barrier, int32_t column, int32_t row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(target)),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(column), "r"(row), "r"(shared_address(barrier))
+      " [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
 /// The same into every block of the cluster whose bit is set, at the same place, for the barrier of
 /// the same place.
-__device__ inline void load_tile_multicast(const CUtensorMap* map, void* target, uint64_t* barrier,
-                                           int32_t column, int32_t row, uint16_t blocks) {
+__device__ inline void load_tile_multicast(const CUtensorMap* map, SharedAddress target,
+                                           SharedAddress barrier, int32_t column, int32_t row,
+                                           uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(target)),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(column), "r"(row), "r"(shared_address(barrier)),
-      "h"(blocks)
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
 
@@ -125,17 +128,16 @@ template <int kPending>
 __device__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+/// The part of an operand's descriptor that depends on where it stands; bytes / 16 more for an
+/// operand that many bytes further.
+__device__ inline uint32_t operand_place(SharedAddress tile) { return (tile & 0x3ffff) >> 4; }
 /// Describes an operand tile of rows of 128 bytes with the 128-byte swizzle, 1024-byte aligned, as
 /// load_tile leaves it: 8 rows (1024 bytes) from one group of rows to the next.
-__device__ inline uint64_t operand_descriptor(const void* tile) {
+__device__ inline uint64_t operand_descriptor(uint32_t place) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kGroupStride = uint64_t{1024 >> 4} << 32;
-  constexpr uint64_t kLeadingUnused = uint64_t{1} << 16;
-  return kSwizzle128 | kGroupStride | kLeadingUnused | ((shared_address(tile) & 0x3ffff) >> 4);
-}
-/// Steps `bytes` along the rows of a described tile.
-__device__ inline uint64_t advanced(uint64_t descriptor, int bytes) {
-  return descriptor + (bytes >> 4);
+  constexpr uint32_t kLeadingUnused = 1 << 16;
+  return kSwizzle128 | kGroupStride | (kLeadingUnused + place);
 }
 
 // ---- Launches that overlap ----------------------------------------------------------------------

@@ -14,10 +14,10 @@ namespace vernier {
 namespace {
 
 constexpr GemmConfiguration kConfigurations[] = {
-    {"128x256_cluster2x1", 128, 256, 2, 1},
-    {"128x128_cluster2x1", 128, 128, 2, 1},
-    {"64x64_cluster1x2", 64, 64, 1, 2},
-    {"64x32_cluster1x4", 64, 32, 1, 4},
+    {"128x128_cluster2x1", 128, 128, 2, 1, true},
+    {"128x64_cluster1x2", 128, 64, 1, 2, false},
+    {"64x64_cluster1x2", 64, 64, 1, 2, false},
+    {"64x32_cluster1x2", 64, 32, 1, 2, false},
 };
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -25,25 +25,27 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 GemmChoice estimate(int index, int64_t m, int64_t n, int64_t k, int multiprocessors) {
   const GemmConfiguration& c = kConfigurations[index];
   constexpr double kProducts = 4096;  // codes multiplied a cycle and multiprocessor
-  constexpr double kBytes = 38;       // loaded a cycle and multiprocessor
+  constexpr double kBytes = 44;       // loaded a cycle and multiprocessor when all load
+  constexpr double kBytesAlone = 60;  // and when few do
   constexpr double kStart = 5000;     // cycles: the launch, and until the pipeline is full
   constexpr double kEpilogue = 0.14;  // cycles an output of a tile
-  // Clusters of four do not find places on all multiprocessors.
-  constexpr double kPlacesOfFour = 0.91;
   GemmChoice choice;
   choice.index = index;
   const int cluster = c.cluster_m * c.cluster_n;
   choice.tiles = divide_up(m, int64_t{c.tile_m} * c.cluster_m) *
                  divide_up(n, int64_t{c.tile_n} * c.cluster_n) * cluster;
-  const double places = cluster == 4 ? kPlacesOfFour * multiprocessors : multiprocessors;
-  const int64_t usable = std::max<int64_t>(static_cast<int64_t>(places) / cluster * cluster, 1);
+  const int64_t usable = std::max(multiprocessors / cluster * cluster, 1);
   choice.rounds = divide_up(choice.tiles, usable);
+  const auto rounds = static_cast<double>(choice.rounds);
   const double depth = static_cast<double>(divide_up(k, 128) * 128);
   const double products = double{1} * c.tile_m * c.tile_n * depth / kProducts;
-  const double loads =
-      (double{1} * c.tile_m / c.cluster_n + double{1} * c.tile_n / c.cluster_m) * depth / kBytes;
-  choice.cycles = kStart + static_cast<double>(choice.rounds) *
-                               (std::max(products, loads) + kEpilogue * c.tile_m * c.tile_n);
+  const auto loaded_rows = static_cast<double>(std::min<int64_t>(c.tile_m, divide_up(m, 8) * 8));
+  const double bytes = (loaded_rows / c.cluster_n + double{1} * c.tile_n / c.cluster_m) * depth;
+  const double busy = static_cast<double>(std::min(choice.tiles, usable));
+  const double loads = bytes / std::min(kBytesAlone, kBytes * multiprocessors / busy);
+  const double epilogue = kEpilogue * c.tile_m * c.tile_n;
+  choice.cycles =
+      kStart + rounds * std::max(products, loads) + (c.hides_epilogue ? 1 : rounds) * epilogue;
   return choice;
 }
 

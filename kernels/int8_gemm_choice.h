@@ -21,6 +21,8 @@ struct GemmConfiguration {
   int tile_n;
   int cluster_m;  ///< blocks that share each tile of the weight
   int cluster_n;  ///< blocks that share each tile of the codes
+  /// Whether a tile's results are written while the next one's products are made.
+  bool hides_epilogue;
 };
 
 /// All configurations, numbered by their place.
@@ -37,7 +39,7 @@ struct GemmChoice {
 
 /// The configuration whose estimated time is least. The estimate: rounds of tiles over the
 /// multiprocessors, each as long as its share of K takes at the tensor cores' rate or at the memory
-/// system's, whichever is more, and the part of the epilogue that nothing hides. Its constants fit
+/// system's, whichever is more, and the epilogues that nothing hides. Its constants fit
 /// times measured on an H200.
 GemmChoice choose_configuration(int64_t m, int64_t n, int64_t k, int multiprocessors);
 

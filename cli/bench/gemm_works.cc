@@ -10,10 +10,15 @@
 #include <vernier/kernels/quantize.h>
 
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #ifdef VERNIER_WITH_CUDA
+#include <c10/cuda/CUDAStream.h>
 #include <vernier/cli/bench/cublaslt_peer.h>
+#endif
+#ifdef VERNIER_WITH_CUTLASS_PEER
+#include <vernier/cli/bench/cutlass_peer.h>
 #endif
 
 namespace vernier::bench {
@@ -185,6 +190,37 @@ std::shared_ptr<CublasLtProduct> tuned(const Place& place, LtProduct product, co
 }
 #endif
 
+#ifdef VERNIER_WITH_CUTLASS_PEER
+Tensor cutlass_linear(const Operands& o, size_t i, int kernel) {
+  const Tensor &a = o.codes[i], &b = o.weight[i];
+  Tensor y = torch::empty({a.size(0), b.size(0)}, a.options().dtype(torch::kBFloat16));
+  run_cutlass(
+      kernel,
+      {a.const_data_ptr<int8_t>(), b.const_data_ptr<int8_t>(), o.x_scale[i].const_data_ptr<float>(),
+       o.w_scale[i].const_data_ptr<float>(), o.bias.const_data_ptr<float>(), y.data_ptr(),
+       static_cast<int>(a.size(0)), static_cast<int>(b.size(0)), static_cast<int>(a.size(1))},
+      c10::cuda::getCurrentCUDAStream().stream());
+  return y;
+}
+
+// CUTLASS's kernel that is fastest for the shape.
+Run fastest_cutlass(const Place& place, const SharedOperands& o) {
+  Run fastest;
+  double least = std::numeric_limits<double>::infinity();
+  for (int kernel = 0; kernel < static_cast<int>(cutlass_kernels().size()); ++kernel) {
+    const Run run =
+        on_sets(o, [kernel](const Operands& p, size_t i) { return cutlass_linear(p, i, kernel); });
+    const auto timed = make_timed(place, run, o->sets(), 1000);
+    double us = timed->replay();
+    for (int i = 0; i < 4; ++i) us = std::min(us, timed->replay());
+    if (us >= least) continue;
+    least = us;
+    fastest = run;
+  }
+  return fastest;
+}
+#endif
+
 // int8 x int8 -> bfloat16, a scale a token and a channel, bias.
 Case prepare_w8a8(const Place& place, Shape shape) {
   const SharedOperands o = make_operands(place, shape, Activations::per_token);
@@ -200,6 +236,9 @@ Case prepare_w8a8(const Place& place, Shape shape) {
       implementation.run = [product](int64_t set) { return Tensors{product->run(set)}; };
       return implementation;
     });
+#ifdef VERNIER_WITH_CUTLASS_PEER
+    c.add("CUTLASS", [&] { return Implementation{"", fastest_cutlass(place, o), right, {}}; });
+#endif
     std::shared_ptr<CublasLtProduct> product;
     c.add("cuBLASLt i8i8i32, no scales", [&] {
       product = tuned(place, LtProduct::i8i8i32, o->codes, o->weight);
