@@ -140,6 +140,14 @@ __device__ inline uint64_t operand_descriptor(uint32_t place) {
   return kSwizzle128 | kGroupStride | (kLeadingUnused + place);
 }
 
+/// Stores four matrices of 8 rows of 16 bytes: lane i's address is that of row i % 8 of matrix
+/// i / 8, and of each matrix it holds the 4 bytes i % 4 of row i / 4.
+__device__ inline void store_matrices(SharedAddress row, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // ---- Launches that overlap ----------------------------------------------------------------------
 
 /// Waits until the kernels before this one in the stream are done and their writes are seen.

@@ -193,6 +193,7 @@ class TileWriter {
         thread_(threadIdx.x % hopper::kWarpgroup),
         lane_(thread_ % kWarp),
         staging_(memory + thread_ / kWarp * kStagingBytes),
+        matrix_row_(hopper::shared_address(staging_ + chunk_offset(lane_ % 16, lane_ / 16))),
         scales_and_biases_(reinterpret_cast<float4*>(memory + 4 * kStagingBytes)),
         corrections_(reinterpret_cast<int2*>(scales_and_biases_ + kPairs)),
         whole_chunks_(a_.columns % kChunk == 0 &&
@@ -308,7 +309,7 @@ class TileWriter {
   template <bool kSimple>
   __device__ void fill(const int32_t (&d)[kColumns / 2], int block, int slab,
                        const Finisher& finisher) const {
-    constexpr int kBatch = std::min(kGroups, 8);
+    constexpr int kBatch = std::min(kGroups, 8), kTogether = sizeof(Out) == 4 ? 1 : 2;
 #pragma unroll
     for (int batch = 0; batch < kGroups; batch += kBatch) {
       Terms<kSimple> terms[kBatch];
@@ -316,13 +317,15 @@ class TileWriter {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) terms[i].load(*this, slab * kGroups + batch + i);
       }
-      if constexpr (kMakesCodes) {
 #pragma unroll
-        for (int i = 0; i < kBatch; i += 2)
+      for (int i = 0; i < kBatch; i += kTogether) {
+        if constexpr (kMakesCodes) {
           store_codes<kSimple, 2>(d, block, slab, batch + i, {terms[i], terms[i + 1]}, finisher);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) store_group<kSimple>(d, block, slab, batch + i, terms[i]);
+        } else if constexpr (sizeof(Out) == 2) {
+          store_halves<kSimple>(d, block, slab, batch + i, {terms[i], terms[i + 1]});
+        } else {
+          store_words<kSimple>(d, block, slab, batch + i, terms[i]);
+        }
       }
     }
   }
@@ -346,28 +349,35 @@ class TileWriter {
     }
   }
 
-  /// Values or accumulators of one group of columns into the slab.
+  /// Values of two groups of columns, two bytes each, into the slab.
   template <bool kSimple>
-  __device__ void store_group(const int32_t (&d)[kColumns / 2], int block, int slab, int group,
+  __device__ void store_halves(const int32_t (&d)[kColumns / 2], int block, int slab, int group,
+                               const Terms<kSimple> (&terms)[2]) const {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float y[4];
+      values<kSimple>(d, block, slab * kGroups + group + i, terms[i], y);
+      words[2 * i] = packed<Out>(y[0], y[1]);
+      words[2 * i + 1] = packed<Out>(y[2], y[3]);
+    }
+    hopper::store_matrices(matrix_row_ ^ (group << 4), words);
+  }
+
+  /// Values or accumulators of one group of columns, four bytes each, into the slab.
+  template <bool kSimple>
+  __device__ void store_words(const int32_t (&d)[kColumns / 2], int block, int slab, int group,
                               const Terms<kSimple>& terms) const {
     const int quad = lane_ % 4, row = lane_ / 4, first = (slab * kGroups + group) * 4;
-    if constexpr (sizeof(Out) == 4) {
-      uint8_t* const target = staging_ + chunk_offset(row, group * 2 + quad / 2) + quad % 2 * 8;
-      if constexpr (kUsesTerms) {
-        float y[4];
-        values<kSimple>(d, block, slab * kGroups + group, terms, y);
-        *reinterpret_cast<float2*>(target) = {y[0], y[1]};
-        *reinterpret_cast<float2*>(target + 8 * 128) = {y[2], y[3]};
-      } else {
-        *reinterpret_cast<int2*>(target) = {d[first], d[first + 1]};
-        *reinterpret_cast<int2*>(target + 8 * 128) = {d[first + 2], d[first + 3]};
-      }
-    } else {
-      uint8_t* const target = staging_ + chunk_offset(row, group) + quad * 4;
+    uint8_t* const target = staging_ + chunk_offset(row, group * 2 + quad / 2) + quad % 2 * 8;
+    if constexpr (kUsesTerms) {
       float y[4];
       values<kSimple>(d, block, slab * kGroups + group, terms, y);
-      *reinterpret_cast<uint32_t*>(target) = packed<Out>(y[0], y[1]);
-      *reinterpret_cast<uint32_t*>(target + 8 * 128) = packed<Out>(y[2], y[3]);
+      *reinterpret_cast<float2*>(target) = {y[0], y[1]};
+      *reinterpret_cast<float2*>(target + 8 * 128) = {y[2], y[3]};
+    } else {
+      *reinterpret_cast<int2*>(target) = {d[first], d[first + 1]};
+      *reinterpret_cast<int2*>(target + 8 * 128) = {d[first + 2], d[first + 3]};
     }
   }
 
@@ -414,7 +424,8 @@ class TileWriter {
   int thread_;
   int lane_;
   uint8_t* staging_;
-  float4* scales_and_biases_;  // of every pair of columns
+  hopper::SharedAddress matrix_row_;  // this lane's for store_matrices, in the slab's first chunks
+  float4* scales_and_biases_;         // of every pair of columns
   int2* corrections_;
   bool whole_chunks_;
   bool simple_;
