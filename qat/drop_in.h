@@ -27,8 +27,13 @@ class DropIn : public torch::nn::Cloneable<Derived>, public QuantizedLayer {
  public:
   explicit DropIn(const PlainOptions& plain_options) : options(plain_options) {}
 
-  /// Makes parameters, as torch::nn draws them, and quantizers; for constructors and clone().
-  void reset() override { take(*plain()); }
+  /// Makes parameters, as torch::nn draws them, and quantizers; for constructors and clone(), whose
+  /// copy stays in training or evaluation mode.
+  void reset() override {
+    const bool training = this->is_training();
+    take(*plain());
+    this->train(training);
+  }
 
   /// A copy of its own with quantizers, scales, mode and codes, but without the probe and what the
   /// quantizers observed.

@@ -36,13 +36,13 @@ foreach(source IN LISTS example_sources)
   set(example_arguments "")
   if(name STREQUAL "digits")
     set(example_arguments "${PROJECT_SOURCE_DIR}/examples/digits/data/digits.h5" "${PROJECT_BINARY_DIR}/examples/digits.svg")
+    # Its picture is drawn as those of the benchmarks are.
+    target_sources(example_digits PRIVATE "${PROJECT_SOURCE_DIR}/cli/bench/charts.cc" "${PROJECT_SOURCE_DIR}/cli/console.cc")
+    target_link_libraries(example_digits PRIVATE nlohmann_json::nlohmann_json)
   endif()
   add_test(NAME example_${name} COMMAND example_${name} ${example_arguments})
   set_tests_properties(example_${name} PROPERTIES LABELS example TIMEOUT 600)
 endforeach()
-# Its picture is drawn as those of the benchmarks are.
-target_sources(example_digits PRIVATE "${PROJECT_SOURCE_DIR}/cli/bench/charts.cc" "${PROJECT_SOURCE_DIR}/cli/console.cc")
-target_link_libraries(example_digits PRIVATE nlohmann_json::nlohmann_json)
 
 # A project of its own that uses the installed package, compiled without the precompiled header: minutes on a slow machine.
 add_test(NAME example_consumer
