@@ -46,9 +46,9 @@ std::vector<std::string> architecture_of(const Module& model) {
       lines.push_back(concat("tensor '", item.key(), "' ", item.value().sizes(), " ",
                              c10::toString(item.value().scalar_type())));
   for (const auto& [name, layer] : quantized_layers(model))
-    lines.push_back(
-        concat("layer '", name, "' ", type_name(dynamic_cast<const Module&>(*layer)),
-               layer->input_from().empty() ? "" : concat(" chained to '", layer->input_from(), "'")));
+    lines.push_back(concat(
+        "layer '", name, "' ", type_name(dynamic_cast<const Module&>(*layer)),
+        layer->input_from().empty() ? "" : concat(" chained to '", layer->input_from(), "'")));
   return lines;
 }
 
@@ -73,8 +73,7 @@ std::vector<std::string> recipe_of(const Module& model) {
 // Freezing changes a policy on the way, so sessions compare what they began with.
 void check_same(const std::vector<std::string>& saved, const std::vector<std::string>& mine,
                 const char* what) {
-  const auto [theirs, ours] =
-      std::mismatch(saved.begin(), saved.end(), mine.begin(), mine.end());
+  const auto [theirs, ours] = std::mismatch(saved.begin(), saved.end(), mine.begin(), mine.end());
   if (theirs == saved.end() && ours == mine.end()) return;
   throw Error(concat("the session was saved with another ", what, ": it has ",
                      theirs == saved.end() ? "nothing more" : *theirs, " where this model has ",
@@ -109,9 +108,7 @@ int64_t read_int(InputArchive& archive, const std::string& key) {
 
 // ---- Observers ----------------------------------------------------------------------------------
 
-Tensor tensor_of(const std::vector<int64_t>& values) {
-  return torch::tensor(values, torch::kLong);
-}
+Tensor tensor_of(const std::vector<int64_t>& values) { return torch::tensor(values, torch::kLong); }
 
 void write_statistics(OutputArchive& archive, const SiteStatistics& statistics) {
   const Histogram& histogram = statistics.histogram;
@@ -143,9 +140,8 @@ SiteStatistics read_statistics(InputArchive& archive) {
   const int64_t* tally = tallies.const_data_ptr<int64_t>();
   const float* bound = bounds.const_data_ptr<float>();
   SiteStatistics statistics;
-  statistics.histogram =
-      Histogram({count, count + counts.numel()}, static_cast<int32_t>(tally[0]),
-                {bound[0], bound[1]}, tally[1], tally[2], tally[3]);
+  statistics.histogram = Histogram({count, count + counts.numel()}, static_cast<int32_t>(tally[0]),
+                                   {bound[0], bound[1]}, tally[1], tally[2], tally[3]);
   for (int64_t i = 2; i < bounds.numel(); i += 2)
     statistics.channels.push_back({bound[i], bound[i + 1]});
   return statistics;
@@ -190,7 +186,7 @@ TrainingSession::TrainingSession(Module& model, const SessionSettings& settings)
 TrainingSession::~TrainingSession() { unwatch(); }
 
 void TrainingSession::begin() {
-  check_every_ = settings_.check_every > 0 ? settings_.check_every
+  check_every_ = settings_.check_every > 0    ? settings_.check_every
                  : device_of(model_).is_cpu() ? 1
                                               : kGpuCheckEvery;
   set_mode(model_, calibrating() ? Mode::observe : Mode::fake_quant);
@@ -223,7 +219,7 @@ void TrainingSession::freeze_observers() {
 }
 
 void TrainingSession::freeze_batch_norm() {
-  for (const auto& item : layers_) item.layer->freeze_batch_norm();
+  for (const auto& item : layers_) item.layer->set_batch_norm_frozen(true);
   const auto freeze = [](auto* norm) {
     if (!norm) return;
     norm->eval();
@@ -250,14 +246,15 @@ void TrainingSession::watch() {
       item.layer->set_probe(nullptr);
       continue;
     }
-    item.layer->set_probe([this, name = item.name](const std::vector<Tensor>&,
-                                                   const Tensor& output) {
-      if (!output.is_floating_point()) return;
-      // NaN and infinities survive a sum. One number for the whole output, and no waiting for it.
-      const Tensor finite = output.detach().sum(torch::kFloat).isfinite();
-      const std::lock_guard probe_lock(watched_mutex_);
-      watched_.push_back({name, finite});
-    });
+    item.layer->set_probe(
+        [this, name = item.name](const std::vector<Tensor>&, const Tensor& output) {
+          if (!output.is_floating_point()) return;
+          // NaN and infinities survive a sum. One number for the whole output, and no waiting for
+          // it.
+          const Tensor finite = output.detach().sum(torch::kFloat).isfinite();
+          const std::lock_guard probe_lock(watched_mutex_);
+          watched_.push_back({name, finite});
+        });
   }
 }
 
@@ -267,16 +264,17 @@ void TrainingSession::unwatch() {
 
 void TrainingSession::check(const Tensor& loss) {
   if (loss.defined() && !loss.detach().isfinite().all().item<bool>()) {
-    const std::string value = concat("the loss is ", loss.detach().sum().item<double>(),
-                                     " at step ", steps_);
+    const std::string value =
+        concat("the loss is ", loss.detach().sum().item<double>(), " at step ", steps_);
     const std::lock_guard lock(watched_mutex_);
     for (const Watched& output : watched_)
       VERNIER_CHECK(output.finite.item<bool>(), value, ": layer '", output.layer,
                     "' was the first whose output was not finite: check the batch and what comes "
                     "before the layer, lower the learning rate or clip gradients, and go back to "
                     "the last checkpoint");
-    throw Error(concat(value, ": the outputs of all quantized layers were finite: look at what "
-                              "comes after them, and at the loss function"));
+    throw Error(concat(value,
+                       ": the outputs of all quantized layers were finite: look at what "
+                       "comes after them, and at the loss function"));
   }
   for (const auto& [name, layer] : layers_) {
     for (const auto& [what, quantizer] : layer->quantizers()) {
@@ -349,7 +347,8 @@ void TrainingSession::write(OutputArchive& archive,
 
 void TrainingSession::load(const std::filesystem::path& path, torch::optim::Optimizer* optimizer) {
   const std::string where = path.string();
-  VERNIER_CHECK(std::filesystem::exists(path), where, " does not exist: save a session there first");
+  VERNIER_CHECK(std::filesystem::exists(path), where,
+                " does not exist: save a session there first");
   try {
     InputArchive archive;
     archive.load_from(where, device_of(model_));
@@ -357,19 +356,19 @@ void TrainingSession::load(const std::filesystem::path& path, torch::optim::Opti
   } catch (const Error& error) {
     throw Error(concat(where, ": ", error.what()));
   } catch (const c10::Error& error) {
-    throw Error(concat(where, " is no session of this program, or damaged: ",
-                       error.what_without_backtrace()));
+    throw Error(concat(
+        where, " is no session of this program, or damaged: ", error.what_without_backtrace()));
   }
 }
 
 void TrainingSession::read(InputArchive& archive, torch::optim::Optimizer* optimizer) {
   c10::IValue value;
-  VERNIER_CHECK(archive.try_read("format", value) && value.isString() &&
-                    value.toStringRef() == kFormat,
-                "it is no training session: save one with TrainingSession::save");
+  VERNIER_CHECK(
+      archive.try_read("format", value) && value.isString() && value.toStringRef() == kFormat,
+      "it is no training session: save one with TrainingSession::save");
   const int64_t version = read_int(archive, "version");
-  VERNIER_CHECK(version == kVersion, "it has version ", version,
-                " and this program reads version ", kVersion);
+  VERNIER_CHECK(version == kVersion, "it has version ", version, " and this program reads version ",
+                kVersion);
   check_same(split(read_string(archive, "architecture")), architecture_, "architecture");
   check_same(split(read_string(archive, "recipe")), recipe_, "recipe");
   InputArchive twin, optimizer_state;
