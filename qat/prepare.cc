@@ -72,9 +72,7 @@ bool stays_full(const QuantizationRules& rules, const std::string& name, const s
   return rule && !rule->quantize;
 }
 
-const Module& module_of(const QuantizedLayer& layer) {
-  return dynamic_cast<const Module&>(layer);
-}
+const Module& module_of(const QuantizedLayer& layer) { return dynamic_cast<const Module&>(layer); }
 
 QuantizerSettings at_8_bits(QuantizerSettings settings) {
   Scheme& scheme = settings.scheme;
@@ -145,11 +143,12 @@ void check_patterns(const std::vector<NamedLayer>& layers, const QuantizationRul
     check(concat("skip '", pattern, "'"),
           [&](const std::string& name, const std::string&) { return matches(pattern, name); });
   for (const LayerRule& rule : rules.rules)
-    check(concat("the rule for '", rule.match, "'", rule.type.empty() ? "" : " of type ", rule.type),
-          [&](const std::string& name, const std::string& type) {
-            return matches(rule.match, name) &&
-                   (rule.type.empty() || type.empty() || rule.type == type);
-          });
+    check(
+        concat("the rule for '", rule.match, "'", rule.type.empty() ? "" : " of type ", rule.type),
+        [&](const std::string& name, const std::string& type) {
+          return matches(rule.match, name) &&
+                 (rule.type.empty() || type.empty() || rule.type == type);
+        });
 }
 
 void assign(const Assignment& assignment) {
@@ -259,8 +258,9 @@ void apply_rules(const Module& model, const QuantizationRules& rules) {
 
 PrepareReport prepare(Module& model, const QuantizationRules& rules) {
   PrepareReport report;
-  VERNIER_CHECK(!drop_in_of(model) && !dynamic_cast<QuantizedLayer*>(&model), "the model is itself a ",
-                type_name(model), ": make it a vernier::nn::", type_name(model),
+  VERNIER_CHECK(!drop_in_of(model) && !dynamic_cast<QuantizedLayer*>(&model),
+                "the model is itself a ", type_name(model),
+                ": make it a vernier::nn::", type_name(model),
                 " and put it into a torch::nn::Sequential");
   std::set<std::string> replaced;
   {

@@ -50,10 +50,11 @@ struct PrepareReport {
     std::string type;
     std::string remedy;  ///< what to change in the program
   };
-  std::vector<std::string> replaced;     ///< layers of torch::nn that became vernier::nn's
-  std::vector<std::string> already;      ///< layers that were vernier::nn's
-  std::vector<std::string> skipped;      ///< of both, those that stay in full precision
-  std::vector<Unreachable> unreachable;  ///< stay in full precision because of how the model is made
+  std::vector<std::string> replaced;  ///< layers of torch::nn that became vernier::nn's
+  std::vector<std::string> already;   ///< layers that were vernier::nn's
+  std::vector<std::string> skipped;   ///< of both, those that stay in full precision
+  std::vector<Unreachable>
+      unreachable;  ///< stay in full precision because of how the model is made
 };
 /// A line for every kind, and one for every layer that could not be reached.
 std::ostream& operator<<(std::ostream& stream, const PrepareReport& report);
@@ -70,8 +71,8 @@ std::ostream& operator<<(std::ostream& stream, const PrepareReport& report);
 /// names it with the change to make: declare the member as vernier::nn::Linear. So it does with
 /// layers of other types that hold a matrix.
 ///
-/// A model that is prepared already is left as it is, scales and modes too. Throws Error, naming the
-/// layer, when it was prepared with other settings and has its scales; and as apply_rules().
+/// A model that is prepared already is left as it is, scales and modes too. Throws Error, naming
+/// the layer, when it was prepared with other settings and has its scales; and as apply_rules().
 PrepareReport prepare(torch::nn::Module& model, const QuantizationRules& rules);
 template <typename Contained>
 PrepareReport prepare(const torch::nn::ModuleHolder<Contained>& model,
