@@ -65,15 +65,15 @@ class QuantizedLayer {
       std::function<void(const std::vector<torch::Tensor>& inputs, const torch::Tensor& output)>;
   void set_probe(Probe probe) { probe_ = std::move(probe); }
 
-  /// Full-precision weight; undefined where there is none.
-  virtual torch::Tensor& float_weight();
-  /// Bias; undefined where there is none.
-  virtual const torch::Tensor& float_bias() const;
+  /// Full-precision weight, as it is quantized; undefined where there is none.
+  virtual torch::Tensor float_weight() const { return {}; }
+  /// Bias that goes with it; undefined where there is none.
+  virtual torch::Tensor float_bias() const { return {}; }
   /// Codes in the weight's shape, int8, float8_e4m3fn or float8_e5m2; undefined before integer
   /// mode.
   const torch::Tensor& weight_codes() const { return weight_codes_; }
   /// Takes codes from a checkpoint; the float weight becomes their real values.
-  void load_weight_codes(const torch::Tensor& codes);
+  virtual void load_weight_codes(const torch::Tensor& codes);
 
   /// The layer in full precision on operands of any one floating-point dtype: torch::nn's function.
   /// In float64 it computes exact sums of products of codes, which is how the integer kernels are
@@ -122,8 +122,12 @@ class QuantizedLayer {
   virtual void check_inputs(at::TensorList) const {}
   /// integer_forward() of inputs that fit.
   virtual torch::Tensor integer_compute(at::TensorList inputs) const = 0;
+  /// compute() on the operands as they are; modes full and observe.
+  virtual torch::Tensor full_forward(at::TensorList inputs);
   /// compute() on quantize-dequantized operands.
   virtual torch::Tensor fake_quant_forward(at::TensorList inputs);
+  /// The inputs quantize-dequantized, where they have quantizers.
+  c10::SmallVector<torch::Tensor, 2> fake_quantized(at::TensorList inputs);
   /// Throws Error where the kernels cannot run the schemes, and makes the weight's codes.
   virtual void prepare_integer();
   /// The output of an integer forward from its real values, or from its codes: codes where they are
@@ -135,6 +139,8 @@ class QuantizedLayer {
   /// Throws Error unless the weight's codes are there, on the device.
   void check_weight_codes(const torch::Tensor& input) const;
 
+  /// Called when the weight's codes are there, or have become others: for other forms of them.
+  virtual void weight_codes_changed() {}
   const torch::Tensor& weight_sum() const { return weight_sum_; }
   /// To be called on a copy: gives it codes of its own, on `device` where there is one, and takes
   /// the probe off.

@@ -22,11 +22,11 @@ Tensor unflatten(const Tensor& matrix, const Tensor& like) {
 
 }  // namespace
 
-LinearImpl::LinearImpl(const torch::nn::LinearOptions& linear_options) : DropIn(linear_options) {
+LinearImpl::LinearImpl(const torch::nn::LinearOptions& linear_options) : Foldable(linear_options) {
   LinearImpl::reset();
 }
 
-LinearImpl::LinearImpl(const torch::nn::LinearImpl& linear) : DropIn(linear.options) {
+LinearImpl::LinearImpl(const torch::nn::LinearImpl& linear) : Foldable(linear.options) {
   take(linear);
 }
 
@@ -63,13 +63,13 @@ Tensor LinearImpl::integer_compute(at::TensorList inputs) const {
   const auto [codes, scale] = input_codes(0, input.reshape({-1, options.in_features()}));
   if (is_fp8()) {
     std::optional<Tensor> own_bias;
-    if (bias.defined()) own_bias = bias.to(dtype);
+    if (const Tensor added = float_bias(); added.defined()) own_bias = added.to(dtype);
     const Tensor output = fp8_linear(codes, weight_codes(), scale,
                                      weight_quantizer->scale().detach(), own_bias, dtype);
     return finish(unflatten(output, input));
   }
   Int8LinearOperands operands{codes, weight_codes(), scale, weight_quantizer->scale().detach()};
-  if (bias.defined()) operands.bias = bias.to(torch::kFloat);
+  if (const Tensor added = float_bias(); added.defined()) operands.bias = added.to(torch::kFloat);
   operands.input_zero_point = input_quantizer->zero_point();
   if (operands.input_zero_point) operands.weight_sum = weight_sum();
   if (!output_quantizer || output_quantizer->scheme().is_fp8())

@@ -5,6 +5,7 @@
 #include <torch/nn/pimpl.h>
 #include <vernier/calibration/calibrators.h>
 #include <vernier/calibration/observer.h>
+#include <vernier/kernels/code_tensor.h>
 #include <vernier/kernels/scheme.h>
 
 #include <memory>
@@ -135,6 +136,8 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   Codes codes(const torch::Tensor& values) const;
   /// Real values of codes made with a scale that is not dynamic.
   torch::Tensor dequantize(const torch::Tensor& codes, torch::Dtype dtype) const;
+  /// What such codes stand for, for operations on codes.
+  CodeScale code_scale() const { return {scale().detach(), zero_point(), settings_.scheme, axis_}; }
 
  private:
   bool learns() const { return settings_.policy == RangePolicy::learned; }
