@@ -265,7 +265,7 @@ void TrainingSession::watch() {
           // NaN and infinities survive a sum: one number for a tensor, and no waiting for it.
           const torch::NoGradGuard no_grad;
           const auto add = [](Tensor& sum, const Tensor& values) {
-            if (!values.is_floating_point()) return;
+            if (!values.defined() || !values.is_floating_point()) return;
             const Tensor mine = values.sum(torch::kFloat);
             sum = sum.defined() ? sum + mine : mine;
           };
