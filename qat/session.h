@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -58,6 +59,7 @@ class TrainingSession {
 
   /// To be called after every step of the optimizer; `loss` is the step's. Throws Error
   ///   when the loss is NaN or infinite: names the first layer whose output was;
+  ///   when a layer is given NaN, which its quantizer would hide behind a code: names it;
   ///   when a learned scale has become zero, negative or NaN: names the layer;
   ///   at the end of calibration, when a layer was never reached or saw NaN: names it.
   /// What the loss and the scales were before check_every let it look is not found out.
@@ -99,7 +101,7 @@ class TrainingSession {
   void begin();
   void start_fake_quant();
   void freeze_observers();
-  void freeze_batch_norm();
+  void set_batch_norm_frozen(bool frozen);
   bool frozen(int64_t at) const { return at >= 0 && steps_ >= at; }
   bool checks_after(int64_t steps) const { return steps % check_every_ == 0; }
   void watch();
@@ -113,13 +115,19 @@ class TrainingSession {
 
   struct Watched {
     std::string layer;
-    torch::Tensor finite;  // bool, on the device
+    torch::Tensor inputs, outputs;  // sums, which NaN and infinities survive; on the device
+  };
+  struct BatchNorm {
+    std::shared_ptr<torch::nn::Module> module;
+    std::optional<double> momentum;
   };
 
   torch::nn::Module& model_;
   SessionSettings settings_;
   std::vector<NamedLayer> layers_;
   std::shared_ptr<torch::nn::Module> twin_;
+  std::vector<QuantizerSettings> initial_settings_;  // of all quantizers, in order
+  std::vector<BatchNorm> batch_norms_;
   std::vector<std::string> architecture_;  // a line for every tensor and layer
   std::vector<std::string> recipe_;        // a line for every quantizer
   int64_t steps_ = 0;
