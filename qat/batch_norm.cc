@@ -90,13 +90,6 @@ std::shared_ptr<BatchNormImpl> batch_norm_from(const torch::nn::Module& module) 
 
 namespace {
 
-// Calls f(name, layer) for every layer of a tree that can have a batch norm.
-template <typename F>
-void for_each_folding(const torch::nn::Module& model, const F& f) {
-  for (const auto& item : model.named_modules())
-    if (auto* layer = dynamic_cast<FoldsBatchNorm*>(item.value().get())) f(item.key(), *layer);
-}
-
 void fold_in(torch::nn::SequentialImpl& sequence, const std::string& prefix,
              std::vector<std::string>& folded) {
   const auto children = sequence.named_children();
@@ -134,18 +127,17 @@ std::vector<std::string> fold_batch_norms(torch::nn::Module& model) {
 }
 
 void freeze_batch_norms(const torch::nn::Module& model, bool frozen) {
-  for_each_folding(model, [&](const std::string&, FoldsBatchNorm& layer) {
-    if (layer.batch_norm) layer.batch_norm->set_frozen(frozen);
-  });
+  for (const auto& item : quantized_layers(model)) item.layer->set_batch_norm_frozen(frozen);
 }
 
 void merge_batch_norms(const torch::nn::Module& model) {
-  for_each_folding(model, [&](const std::string& name, FoldsBatchNorm& layer) {
-    if (!layer.batch_norm) return;
-    VERNIER_CHECK(!layer.batch_norm->is_training(), "layer '", name,
+  for (const auto& [name, layer] : quantized_layers(model)) {
+    auto* folding = dynamic_cast<FoldsBatchNorm*>(layer.get());
+    if (!folding || !folding->batch_norm) continue;
+    VERNIER_CHECK(!folding->batch_norm->is_training(), "layer '", name,
                   "': a batch norm is merged into the layer after training: model.eval() first");
-    layer.merge_batch_norm();
-  });
+    folding->merge_batch_norm();
+  }
 }
 
 }  // namespace vernier

@@ -85,14 +85,16 @@ class FoldsBatchNorm {
 };
 
 /// Folds every batch norm that directly follows a quantized Linear or convolution in a Sequential
-/// into it and leaves an Identity in its place. Returns the names of the layers that have one now.
+/// into it and leaves an Identity in its place; prepare() does it. Returns the names of the layers
+/// that have one now.
 std::vector<std::string> fold_batch_norms(torch::nn::Module& model);
 
-/// Freezes the running statistics of all folded batch norms, or lets them go on.
+/// Freezes the running statistics of all folded batch norms, or lets them go on. TrainingSession
+/// does it by its schedule.
 void freeze_batch_norms(const torch::nn::Module& model, bool frozen = true);
 
-/// merge_batch_norm() of all layers, for export. Optimizers that hold the parameters must not go
-/// on. Throws Error in training mode.
+/// merge_batch_norm() of all layers; convert() does it. Training ends there: optimizers hold
+/// parameters that are gone. Throws Error in training mode.
 void merge_batch_norms(const torch::nn::Module& model);
 
 namespace nn {
@@ -140,6 +142,9 @@ class Foldable : public DropIn<Derived, Plain>, public FoldsBatchNorm {
     return batch_norm
         ->shift(batch_norm->running_mean, batch_norm->factor(batch_norm->running_var), this->bias)
         .to(this->weight.scalar_type());
+  }
+  void set_batch_norm_frozen(bool frozen) override {
+    if (batch_norm) batch_norm->set_frozen(frozen);
   }
   void load_weight_codes(const torch::Tensor& codes) override {
     VERNIER_CHECK(

@@ -196,6 +196,12 @@ int64_t ConvolutionNd<D, Derived, Plain>::accumulation_length(at::TensorList) co
 }
 
 template <size_t D, typename Derived, typename Plain>
+QuantizerSettings ConvolutionNd<D, Derived, Plain>::fitting(const std::string& quantizer,
+                                                            const QuantizerSettings& wanted) const {
+  return quantizer == "input" ? for_whole_tensor(wanted) : wanted;
+}
+
+template <size_t D, typename Derived, typename Plain>
 void ConvolutionNd<D, Derived, Plain>::check_inputs(at::TensorList inputs) const {
   const Tensor& input = inputs[0];
   const int64_t channels = this->options.in_channels();

@@ -41,6 +41,9 @@ class ConvolutionNd : public Foldable<Derived, Plain> {
                         const torch::Tensor& convolution_bias) const override;
   torch::Tensor accumulators(at::TensorList codes) const override;
   int64_t accumulation_length(at::TensorList inputs = {}) const override;
+  /// A scale a token becomes one for the tensor.
+  QuantizerSettings fitting(const std::string& quantizer,
+                            const QuantizerSettings& wanted) const override;
 
  protected:
   std::shared_ptr<Plain> plain() const override;

@@ -195,6 +195,10 @@ Tensor QuantizedLayer::run(at::TensorList inputs) {
 
 Tensor QuantizedLayer::run_in_mode(at::TensorList inputs) {
   if (mode_ == Mode::fake_quant) {
+    const Quantizer& any = weight_quantizer ? weight_quantizer : input_quantizer;
+    VERNIER_CHECK(!any || any->scale().device() == inputs[0].device(), "the input is on ",
+                  inputs[0].device(), " and the layer on ", any->scale().device(),
+                  ": move one of them with to()");
     check_inputs(inputs);
     return fake_quant_forward(inputs);
   }

@@ -43,6 +43,12 @@ class QuantizedLayer {
   /// The quantizers that the layer uses. Without that of an input that another layer has quantized
   /// (input_from()).
   virtual std::vector<NamedQuantizer> quantizers() const;
+  /// The settings nearest to `wanted` that the layer's kernels take for a quantizer of
+  /// quantizers(); what a recipe says for all layers goes through it.
+  virtual QuantizerSettings fitting(const std::string& /*quantizer*/,
+                                    const QuantizerSettings& wanted) const {
+    return wanted;
+  }
   /// The quantizer of an input; null where it is taken as it is.
   virtual QuantizerImpl* quantizer_of_input(size_t index) const;
 
@@ -108,9 +114,9 @@ class QuantizedLayer {
   /// has: chain() sets it.
   const std::string& input_from() const { return input_from_; }
   void set_input_from(const std::string& producer) { input_from_ = producer; }
-  /// Makes a batch norm that is folded into the layer use its running statistics from now on, in
-  /// training mode too, and leave them as they are.
-  virtual void freeze_batch_norm() {}
+  /// Makes a batch norm that is folded into the layer use its running statistics in training mode
+  /// too and leave them as they are, or no longer.
+  virtual void set_batch_norm_frozen(bool) {}
   /// The codes of an input: as it is where they arrive from a chain, else made of it.
   QuantizerImpl::Codes input_codes(size_t index, const torch::Tensor& input) const;
 

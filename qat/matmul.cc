@@ -73,6 +73,17 @@ QuantizerImpl* MatMulImpl::quantizer_of_input(size_t index) const {
   return index == 1 ? other_quantizer.ptr().get() : QuantizedLayer::quantizer_of_input(index);
 }
 
+QuantizerSettings MatMulImpl::fitting(const std::string& quantizer,
+                                      const QuantizerSettings& wanted) const {
+  if (quantizer != "other") return wanted;
+  QuantizerSettings settings = options.transpose_other() ? wanted : for_whole_tensor(wanted);
+  if (!settings.scheme.symmetric) {
+    settings.scheme.symmetric = true;
+    settings.scheme.narrow_range = symmetric_scheme(settings.scheme.bits).narrow_range;
+  }
+  return settings;
+}
+
 Tensor MatMulImpl::compute(at::TensorList inputs, const Tensor&, const Tensor&) const {
   return torch::matmul(inputs[0],
                        options.transpose_other() ? inputs[1].transpose(-2, -1) : inputs[1]);

@@ -34,6 +34,9 @@ class MatMulImpl : public DropIn<MatMulImpl, torch::nn::Module, MatMulOptions> {
 
   std::vector<NamedQuantizer> quantizers() const override;
   QuantizerImpl* quantizer_of_input(size_t index) const override;
+  /// The second operand becomes symmetric, and gets one scale where it is not transposed.
+  QuantizerSettings fitting(const std::string& quantizer,
+                            const QuantizerSettings& wanted) const override;
   torch::Tensor compute(at::TensorList inputs, const torch::Tensor& weight,
                         const torch::Tensor& bias) const override;
   torch::Tensor accumulators(at::TensorList codes) const override;

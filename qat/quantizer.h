@@ -44,6 +44,9 @@ struct QuantizerSettings {
   bool operator==(const QuantizerSettings&) const = default;
 };
 
+/// The same settings with one scale for the whole tensor in place of one a token.
+QuantizerSettings for_whole_tensor(QuantizerSettings settings);
+
 /// What a quantizer quantizes: LSQ's gradient scale counts the elements of a weight, but of an
 /// activation those of one sample, index of the first axis (Esser 2020, section 2.2).
 enum class Operand { activation, weight };
