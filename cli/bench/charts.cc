@@ -198,19 +198,29 @@ std::string to_svg(const GroupedBars& chart) {
       double x = kLeft + group_width * (static_cast<double>(g) + 0.5) -
                  kBar * static_cast<double>(chart.series.size()) / 2;
       for (size_t s = 0; s < chart.series.size(); ++s, x += kBar)
-        if (const std::optional<double> value = chart.series[s].values[g]) draw(s, x, *value);
+        if (const std::optional<double> value = chart.series[s].values[g]) draw(s, g, x, *value);
     }
   };
-  each_bar([&](size_t s, double x, double value) {
+  // Where the whisker of a bar ends, or the bar itself.
+  const auto top_of = [&](size_t s, size_t g, double value) {
+    const auto& spreads = chart.series[s].spreads;
+    return spreads.empty() ? value : std::max(value, spreads[g].second);
+  };
+  each_bar([&](size_t s, size_t g, double x, double value) {
     drawing.rectangle(x + 1, y_of(value), kBar - 2, bottom - y_of(value), color(s));
+    if (chart.series[s].spreads.empty()) return;
+    const double low = y_of(chart.series[s].spreads[g].first), high = y_of(top_of(s, g, value));
+    const double center = x + kBar / 2;
+    drawing.line(center, low, center, high, kInk);
+    for (const double end : {low, high}) drawing.line(center - 4, end, center + 4, end, kInk);
   });
   for (const Reference& reference : chart.references) {
     const double y = y_of(reference.value);
     drawing.line(kLeft, y, right, y, kInk, "5 4");
     drawing.text(right + 6, y + 4, reference.label, {.size = 11, .bold = true});
   }
-  each_bar([&](size_t s, double x, double value) {
-    drawing.text(x + kBar / 2 + 4, y_of(value) - 5, cli::fixed(value, digits),
+  each_bar([&](size_t s, size_t g, double x, double value) {
+    drawing.text(x + kBar / 2 + 4, y_of(top_of(s, g, value)) - 5, cli::fixed(value, digits),
                  {.size = 10.5, .bold = s == 0, .turn = -90, .halo = true});
   });
   for (size_t g = 0; g < chart.groups.size(); ++g) {

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace vernier::bench {
@@ -18,6 +19,8 @@ struct GroupedBars {
   struct Series {
     std::string name;
     std::vector<std::optional<double>> values;  ///< one a group
+    /// Lowest and highest, one a group, drawn as whiskers; or none.
+    std::vector<std::pair<double, double>> spreads = {};
   };
   std::string title, subtitle;
   std::string unit;                 ///< of the axis

@@ -24,7 +24,8 @@ foreach(source IN LISTS test_sources)
   endif()
 endforeach()
 
-file(GLOB example_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/examples/*.cc")
+file(GLOB example_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/examples/*.cc" "${PROJECT_SOURCE_DIR}/examples/digits/*.cc"
+     "${PROJECT_SOURCE_DIR}/examples/transformer/*.cc")
 foreach(source IN LISTS example_sources)
   get_filename_component(name "${source}" NAME_WE)
   add_executable(example_${name} "${source}")
@@ -32,9 +33,23 @@ foreach(source IN LISTS example_sources)
   vernier_use_pch(example_${name})
   set_target_properties(example_${name} PROPERTIES OUTPUT_NAME ${name} BUILD_RPATH "${torch_rpath}"
                         RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/examples")
-  add_test(NAME example_${name} COMMAND example_${name})
+  set(example_arguments "")
+  if(name STREQUAL "digits")
+    set(example_arguments "${PROJECT_SOURCE_DIR}/examples/digits/data/digits.h5" "${PROJECT_BINARY_DIR}/examples/digits.svg")
+    # Its picture is drawn as those of the benchmarks are.
+    target_sources(example_digits PRIVATE "${PROJECT_SOURCE_DIR}/cli/bench/charts.cc" "${PROJECT_SOURCE_DIR}/cli/console.cc")
+    target_link_libraries(example_digits PRIVATE nlohmann_json::nlohmann_json)
+  endif()
+  add_test(NAME example_${name} COMMAND example_${name} ${example_arguments})
   set_tests_properties(example_${name} PROPERTIES LABELS example TIMEOUT 600)
 endforeach()
+
+# A project of its own that uses the installed package, compiled without the precompiled header: minutes on a slow machine.
+add_test(NAME example_consumer
+         COMMAND "${CMAKE_COMMAND}" -D "BUILD=${PROJECT_BINARY_DIR}" -D "SOURCE=${PROJECT_SOURCE_DIR}/examples/consumer"
+                 -D "WORK=${PROJECT_BINARY_DIR}/consumer" -D "GENERATOR=${CMAKE_GENERATOR}" -D "FLAGS=${CMAKE_CXX_FLAGS}"
+                 -D "LAUNCHER=${VERNIER_CCACHE}" -P "${PROJECT_SOURCE_DIR}/tools/cmake/ConsumerTest.cmake")
+set_tests_properties(example_consumer PROPERTIES LABELS example TIMEOUT 1200)
 
 # 77 is "skipped" by custom.
 add_test(NAME style_format COMMAND "${PROJECT_SOURCE_DIR}/tools/check_format.sh")
@@ -42,7 +57,8 @@ set_tests_properties(style_format PROPERTIES LABELS style SKIP_RETURN_CODE 77)
 find_package(Python3 COMPONENTS Interpreter)
 if(Python3_FOUND)
   add_test(NAME style_includes COMMAND Python3::Interpreter "${PROJECT_SOURCE_DIR}/tools/check_includes.py")
-  set_tests_properties(style_includes PROPERTIES LABELS style)
+  add_test(NAME style_consumer COMMAND Python3::Interpreter "${PROJECT_SOURCE_DIR}/tools/check_consumer.py")
+  set_tests_properties(style_includes style_consumer PROPERTIES LABELS style)
 endif()
 
 # The Python tests, which skip themselves where they miss a package.
