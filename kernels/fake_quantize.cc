@@ -73,15 +73,6 @@ std::tuple<Tensor, Tensor> fake_quantize_dynamic_kernel(const Tensor& input, int
   return {output, scale};
 }
 
-// The zero point that is used of one that is learned.
-OptionalTensor integer_zero_point(const OptionalTensor& zero_point, const Scheme& scheme) {
-  if (!zero_point || zero_point->scalar_type() == at::kInt) return zero_point;
-  VERNIER_CHECK(zero_point->scalar_type() == at::kFloat,
-                "zero_point must be int32, or float32 to be learned, not ",
-                c10::toString(zero_point->scalar_type()));
-  return zero_point->round().clamp(scheme.qmin(), scheme.qmax()).to(at::kInt);
-}
-
 Tensor fake_quantize_learned_kernel(const Tensor& input, const Tensor& scale,
                                     const OptionalTensor& zero_point, int64_t bits,
                                     std::string_view granularity, int64_t axis, int64_t group_size,

@@ -17,7 +17,8 @@ struct Row {
   std::string implementation;
   double us = 0;
   std::optional<double> tops, gbs;
-  std::optional<double> speedup;                      ///< over the baseline of the same run
+  std::optional<double> peak_mib;  ///< of a training step: the most memory it needs at a time
+  std::optional<double> speedup;   ///< over the baseline of the same run
   std::vector<std::pair<std::string, double>> steps;  ///< microseconds of its parts, each alone
 };
 

@@ -46,6 +46,14 @@ std::unique_ptr<Timed> make_timed([[maybe_unused]] const Place& place, const Run
   return std::make_unique<TimedOnCpu>(run, sets, target_us);
 }
 
+std::unique_ptr<Timed> make_launched([[maybe_unused]] const Place& place, const Run& run,
+                                     int64_t sets, double target_us) {
+#ifdef VERNIER_WITH_CUDA
+  if (place.cuda()) return make_launched_cuda(run, sets, target_us);
+#endif
+  return std::make_unique<TimedOnCpu>(run, sets, target_us);
+}
+
 std::vector<double> measure(const std::vector<std::unique_ptr<Timed>>& timed,
                             const Effort& effort) {
   using Clock = std::chrono::steady_clock;

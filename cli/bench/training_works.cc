@@ -1,0 +1,328 @@
+// Training steps (forward, backward, gradients dropped) of quantized layers beside plain ones, as a
+// training loop runs them: launched one by one, the host's share in the time.
+#include <torch/torch.h>
+#include <vernier/cli/bench/check.h>
+#include <vernier/cli/bench/work.h>
+#include <vernier/kernels/error.h>
+#include <vernier/kernels/fake_quantize.h>
+#include <vernier/kernels/linear_training.h>
+
+#include <cmath>
+#include <memory>
+
+namespace vernier::bench {
+namespace {
+
+using torch::Tensor;
+
+constexpr int64_t kQmax = 127;
+
+// ---- Quantized linear layers --------------------------------------------------------------------
+
+// How a step's linear layers are quantized.
+enum class Scales {
+  given,           // one of the input, one a channel of the weight
+  learned,         // the same, learned
+  dynamic_weights  // the weight's from its channels' maxima
+};
+
+// A linear layer without bias and the quantizers of its operands.
+struct Layer {
+  Tensor weight;        // bfloat16 [out, in]
+  Tensor input_scale;   // float32 [1]
+  Tensor weight_scale;  // float32 [out]
+
+  Layer(int64_t out, int64_t in, torch::Device device)
+      : weight(torch::randn({out, in}, torch::dtype(torch::kBFloat16).device(device))
+                   .mul_(1 / std::sqrt(static_cast<double>(in)))
+                   .set_requires_grad(true)) {
+    // Clips the one or other of each row.
+    weight_scale = weight.detach().abs().amax(1).to(torch::kFloat).mul_(0.9 / kQmax);
+  }
+
+  // Clips what is beyond nine tenths of the largest.
+  void calibrate(const Tensor& input) {
+    input_scale = input.detach().abs().max().to(torch::kFloat).reshape({1}).mul_(0.9 / kQmax);
+  }
+};
+
+using Layers = std::vector<Layer>;
+// y = x * weight^T of the layer with this index, somehow quantized.
+using LinearFunction = std::function<Tensor(const Tensor& x, size_t layer)>;
+
+const Scheme& input_scheme() {
+  static const Scheme scheme = symmetric_scheme(8);
+  return scheme;
+}
+const Scheme& weight_scheme() {
+  static const Scheme scheme = symmetric_scheme(8, Granularity::per_channel);
+  return scheme;
+}
+
+// The operands' quantizers of each layer; learned scales are leaves of their own.
+struct Quantizers {
+  std::vector<TrainedOperand> input, weight;
+  Tensors learned;
+
+  Quantizers(const Layers& layers, Scales scales, int64_t rows) {
+    for (const Layer& layer : layers) {
+      input.push_back({input_scheme(), layer.input_scale});
+      weight.push_back({weight_scheme(), layer.weight_scale});
+      if (scales == Scales::dynamic_weights) weight.back().scale.reset();
+      if (scales != Scales::learned) continue;
+      const int64_t in = layer.weight.size(1);
+      learn(input.back(), rows * in);
+      learn(weight.back(), in);
+    }
+  }
+
+ private:
+  void learn(TrainedOperand& operand, int64_t elements_per_scale) {
+    operand.scale = operand.scale->clone().set_requires_grad(true);
+    operand.gradient_scale = learned_gradient_scale(elements_per_scale, operand.scheme);
+    learned.push_back(*operand.scale);
+  }
+};
+
+using SharedLayers = std::shared_ptr<const Layers>;
+using SharedQuantizers = std::shared_ptr<const Quantizers>;
+
+LinearFunction plain_layers(const SharedLayers& layers) {
+  return [layers](const Tensor& x, size_t i) { return torch::linear(x, (*layers)[i].weight); };
+}
+
+LinearFunction vernier_layers(const SharedLayers& layers, const SharedQuantizers& q,
+                              TrainedProduct product) {
+  return [=](const Tensor& x, size_t i) {
+    return fake_quantized_linear(x, (*layers)[i].weight, std::nullopt, q->input[i], q->weight[i],
+                                 product);
+  };
+}
+
+// The operations that ours stands for, one after the other.
+LinearFunction composed_layers(const SharedLayers& layers, const SharedQuantizers& q) {
+  const auto quantized = [](const Tensor& x, const TrainedOperand& o) {
+    if (!o.scale) return fake_quantize_dynamic(x, o.scheme).first;
+    if (!o.gradient_scale) return fake_quantize(x, *o.scale, o.zero_point, o.scheme);
+    return fake_quantize_learned(x, *o.scale, o.zero_point, o.scheme, 0, *o.gradient_scale);
+  };
+  return [=](const Tensor& x, size_t i) {
+    return torch::linear(quantized(x, q->input[i]), quantized((*layers)[i].weight, q->weight[i]));
+  };
+}
+
+// Torch's own operators.
+LinearFunction torch_layers(const SharedLayers& layers) {
+  auto zeros = std::make_shared<Tensors>();
+  for (const Layer& layer : *layers)
+    zeros->push_back(torch::zeros_like(layer.weight_scale, torch::kInt));
+  return [=](const Tensor& x, size_t i) {
+    const Layer& layer = (*layers)[i];
+    return torch::linear(torch::fake_quantize_per_tensor_affine(
+                             x, layer.input_scale, (*zeros)[i].slice(0, 0, 1), -kQmax, kQmax),
+                         torch::fake_quantize_per_channel_affine(layer.weight, layer.weight_scale,
+                                                                 (*zeros)[i], 0, -kQmax, kQmax));
+  };
+}
+
+// ---- Steps --------------------------------------------------------------------------------------
+
+using Forward = std::function<Tensor(const Tensor& x, const LinearFunction& linear)>;
+
+// What all implementations of a case share.
+struct Training {
+  SharedLayers layers;
+  Tensor x, gradient;  // of input and output
+  Tensors others;      // parameters beside the layers' weights
+  Forward forward;
+};
+
+// Forward, backward, and all gradients taken away: {output, gradients of input, weights, others and
+// learned scales}.
+Run step_of(const std::shared_ptr<const Training>& t, const LinearFunction& linear,
+            const Tensors& learned = {}) {
+  Tensors leaves = {t->x};
+  for (const Layer& layer : *t->layers) leaves.push_back(layer.weight);
+  leaves.insert(leaves.end(), t->others.begin(), t->others.end());
+  leaves.insert(leaves.end(), learned.begin(), learned.end());
+  return [=](int64_t) mutable {
+    const at::AutoGradMode with_gradients(true);
+    Tensors results = {t->forward(t->x, linear)};
+    results[0].backward(t->gradient);
+    for (Tensor& leaf : leaves) {
+      results.push_back(std::move(leaf.mutable_grad()));
+      leaf.mutable_grad().reset();
+    }
+    return results;
+  };
+}
+
+// Each result is as near to the composition's as `distance`, relative to its length.
+std::function<std::string(const Tensors&)> check_against(const Run& composition, double distance) {
+  return [=](const Tensors& results) -> std::string {
+    const Tensors expected = composition(0);
+    for (size_t i = 0; i < expected.size(); ++i) {
+      const Tensor e = expected[i].detach(), y = results.at(i).detach();
+      if (!y.sizes().equals(e.sizes()))
+        return concat("result ", i, " is ", y.sizes(), ", not ", e.sizes());
+      const double apart = (y - e).to(torch::kFloat).norm().item<double>();
+      const double length = e.to(torch::kFloat).norm().item<double>();
+      if (!(apart <= distance * length))
+        return concat("result ", i, " (0: the output, then gradients) is ", apart / length,
+                      " of its length away from the composition's");
+    }
+    return "";
+  };
+}
+
+// The plain layers, ours in several ways, and torch's operators.
+Case case_of(const std::shared_ptr<const Training>& t, double operations) {
+  Case c;
+  c.operations = operations;
+  c.training = true;
+  const auto quantizers = [&](Scales scales) {
+    const int64_t rows = t->x.numel() / t->x.size(-1);
+    return std::make_shared<const Quantizers>(*t->layers, scales, rows);
+  };
+  const auto add = [&](const std::string& name, Scales scales, TrainedProduct product) {
+    const auto q = quantizers(scales);
+    // Codes are multiplied exactly, and without rounding to bfloat16 first.
+    const double distance = product == TrainedProduct::codes ? 0.03 : 0.01;
+    c.implementations.push_back(
+        {name,
+         step_of(t, vernier_layers(t->layers, q, product), q->learned),
+         check_against(step_of(t, composed_layers(t->layers, q), q->learned), distance),
+         {}});
+  };
+  const auto fixed = quantizers(Scales::given);
+  const Run composition = step_of(t, composed_layers(t->layers, fixed));
+  c.implementations.push_back({"plain bf16",
+                               step_of(t, plain_layers(t->layers)),
+                               // Eight bits are near enough to none to see the same function.
+                               check_against(composition, 0.2),
+                               {}});
+  add(kVernier, Scales::given, TrainedProduct::real);
+  add("vernier, learned scales", Scales::learned, TrainedProduct::real);
+  add("vernier, dynamic weights", Scales::dynamic_weights, TrainedProduct::real);
+  add("vernier, int8 forward", Scales::given, TrainedProduct::codes);
+  add("vernier, int8 forward, learned", Scales::learned, TrainedProduct::codes);
+  add("vernier, int8 forward, dynamic", Scales::dynamic_weights, TrainedProduct::codes);
+  c.implementations.push_back(
+      {"vernier, one by one", composition, check_against(composition, 1e-6), {}});
+  c.add("torch fake_quantize", [&] {
+    return Implementation{
+        "", step_of(t, torch_layers(t->layers)), check_against(composition, 0.03), {}};
+  });
+  return c;
+}
+
+Tensor random_leaf(at::IntArrayRef sizes, const Place& place) {
+  return torch::randn(sizes, torch::dtype(torch::kBFloat16).device(place.device))
+      .set_requires_grad(true);
+}
+
+Case prepare_qat_linear(const Place& place, Shape shape) {
+  auto t = std::make_shared<Training>();
+  auto layers = std::make_shared<Layers>();
+  layers->emplace_back(shape.n, shape.k, place.device);
+  t->x = random_leaf({shape.m, shape.k}, place);
+  layers->front().calibrate(t->x);
+  t->layers = layers;
+  t->gradient = random_leaf({shape.m, shape.n}, place).detach();
+  t->forward = [](const Tensor& x, const LinearFunction& linear) { return linear(x, 0); };
+  return case_of(t, 6.0 * static_cast<double>(shape.m) * static_cast<double>(shape.k) *
+                        static_cast<double>(shape.n));
+}
+
+// ---- A transformer block ------------------------------------------------------------------------
+
+// Rotary position embedding of [batch, heads, tokens, size].
+Tensor rotate(const Tensor& x, const Tensor& cosine, const Tensor& sine) {
+  const std::vector<Tensor> halves = x.chunk(2, -1);
+  return x * cosine + torch::cat({-halves[1], halves[0]}, -1) * sine;
+}
+
+// A block of Llama's kind (Touvron 2023, arXiv 2302.13971; grouped queries as in Llama 3): tokens
+// [M, K] in up to four sequences, heads of 64, a key for every four queries, gated MLP of N.
+Case prepare_qat_block(const Place& place, Shape shape) {
+  constexpr int64_t kHead = 64, kQueriesPerKey = 4;
+  enum { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown };
+  VERNIER_CHECK(shape.k % (kHead * kQueriesPerKey) == 0,
+                "qat_block takes --shape MxKxN where K is ", "a multiple of ",
+                kHead * kQueriesPerKey, ", not ", shape.k);
+  const int64_t batch = shape.m % 4 == 0 ? 4 : 1, tokens = shape.m / batch;
+  const int64_t heads = shape.k / kHead, keys = heads / kQueriesPerKey;
+  auto t = std::make_shared<Training>();
+  auto layers = std::make_shared<Layers>();
+  const auto layer = [&](int64_t out, int64_t in) { layers->emplace_back(out, in, place.device); };
+  layer(shape.k, shape.k);
+  layer(keys * kHead, shape.k);
+  layer(keys * kHead, shape.k);
+  layer(shape.k, shape.k);
+  layer(shape.n, shape.k);
+  layer(shape.n, shape.k);
+  layer(shape.k, shape.n);
+  double parameters = 0;
+  for (const Layer& l : *layers) parameters += static_cast<double>(l.weight.numel());
+
+  t->x = random_leaf({batch, tokens, shape.k}, place);
+  t->gradient = random_leaf(t->x.sizes(), place).detach();
+  const auto norm_weight = [&] {
+    return torch::ones({shape.k}, t->x.options()).set_requires_grad(true);
+  };
+  const Tensor attention_norm = norm_weight(), mlp_norm = norm_weight();
+  t->others = {attention_norm, mlp_norm};
+  const auto options = torch::dtype(torch::kFloat).device(place.device);
+  const Tensor rates = torch::pow(500000.0, torch::arange(0, kHead, 2, options) / -kHead);
+  const Tensor angles = torch::outer(torch::arange(tokens, options), rates).repeat({1, 2});
+  const Tensor cosine = angles.cos().to(torch::kBFloat16), sine = angles.sin().to(torch::kBFloat16);
+  t->forward = [=](const Tensor& x, const LinearFunction& linear) {
+    const auto normed = [&](const Tensor& v, const Tensor& weight) {
+      return torch::rms_norm(v, {shape.k}, weight, 1e-5);
+    };
+    const auto heads_of = [&](const Tensor& v, int64_t count) {
+      return v.view({batch, tokens, count, kHead}).transpose(1, 2);
+    };
+    const Tensor h = normed(x, attention_norm);
+    const Tensor q = rotate(heads_of(linear(h, kQuery), heads), cosine, sine);
+    const Tensor k = rotate(heads_of(linear(h, kKey), keys), cosine, sine);
+    const Tensor v = heads_of(linear(h, kValue), keys);
+    const Tensor attended = torch::scaled_dot_product_attention(
+        q, k, v, /*attn_mask=*/{}, /*dropout_p=*/0.0, /*is_causal=*/true, /*scale=*/{},
+        /*enable_gqa=*/true);
+    const Tensor joined = attended.transpose(1, 2).reshape({batch, tokens, shape.k});
+    const Tensor between = x + linear(joined, kOutput);
+    const Tensor g = normed(between, mlp_norm);
+    return between + linear(torch::silu(linear(g, kGate)) * linear(g, kUp), kDown);
+  };
+  {
+    const LinearFunction calibrating = [layers](const Tensor& x, size_t i) {
+      (*layers)[i].calibrate(x);
+      return torch::linear(x, (*layers)[i].weight);
+    };
+    const torch::NoGradGuard no_grad;
+    t->forward(t->x, calibrating);
+  }
+  t->layers = layers;
+  return case_of(t, 6.0 * static_cast<double>(shape.m) * parameters);
+}
+
+}  // namespace
+
+std::vector<Work> training_works() {
+  const std::vector<Shape> layers = {{8192, 4096, 14336}, {8192, 4096, 4096}, {2048, 2048, 2048}};
+  const std::vector<Shape> block = {{8192, 2048, 8192}};
+  return {
+      {"qat_linear",
+       "",
+       "plain bf16",
+       layers,
+       {layers.back()},
+       {{24, 64, 40}},
+       false,
+       prepare_qat_linear},
+      {"qat_block", "", "plain bf16", block, block, {{32, 256, 512}}, false, prepare_qat_block},
+  };
+}
+
+}  // namespace vernier::bench
