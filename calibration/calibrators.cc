@@ -12,7 +12,8 @@
 namespace vernier {
 namespace {
 
-constexpr std::array<const char*, 4> kMethodNames = {"min_max", "percentile", "mse", "entropy"};
+constexpr std::array<const char*, 5> kMethodNames = {"min_max", "percentile", "mse", "entropy",
+                                                     "lsq"};
 
 // Bins of each side in use: one past the outermost that holds a value.
 struct UsedBins {
@@ -130,7 +131,7 @@ CalibrationMethod calibration_method_from_string(const std::string& name) {
   if (name == "kl") return CalibrationMethod::entropy;
   const auto found = std::find(kMethodNames.begin(), kMethodNames.end(), name);
   VERNIER_CHECK(found != kMethodNames.end(), "unknown calibrator '", name,
-                "': use min_max, percentile, mse or entropy");
+                "': use min_max, percentile, mse, entropy or lsq");
   return static_cast<CalibrationMethod>(found - kMethodNames.begin());
 }
 
@@ -278,6 +279,21 @@ Range entropy_range(const Histogram& histogram, const Scheme& scheme) {
                        std::min(best, used.positive));
 }
 
+Range lsq_range(const Histogram& histogram, const Scheme& scheme) {
+  VERNIER_CHECK(scheme.symmetric && !scheme.is_fp8(),
+                "the lsq calibrator is for symmetric integers, not ", to_string(scheme),
+                ": use min_max, percentile or mse");
+  const int64_t count = histogram.finite();
+  if (count == 0) return {0, 0};
+  double sum = 0;
+  for (const auto side : {histogram.negative(), histogram.positive()})
+    for (size_t b = 0; b < side.size(); ++b)
+      sum += static_cast<double>(side[b]) * (static_cast<double>(b) + 0.5);
+  const double mean = sum * histogram.bin_width() / static_cast<double>(count);
+  const auto bound = static_cast<float>(2 * mean * std::sqrt(static_cast<double>(scheme.qmax())));
+  return {-bound, bound};
+}
+
 Range calibrate(const Histogram& histogram, const Scheme& scheme, const Calibrator& calibrator) {
   switch (calibrator.method) {
     case CalibrationMethod::min_max:
@@ -288,6 +304,8 @@ Range calibrate(const Histogram& histogram, const Scheme& scheme, const Calibrat
       return mse_range(histogram, scheme);
     case CalibrationMethod::entropy:
       return entropy_range(histogram, scheme);
+    case CalibrationMethod::lsq:
+      return lsq_range(histogram, scheme);
   }
   throw Error("unknown calibration method");
 }

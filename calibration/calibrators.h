@@ -13,7 +13,8 @@ enum class CalibrationMethod {
   min_max,     ///< the extremes
   percentile,  ///< the smallest range that holds a share of the values
   mse,         ///< the least mean squared quantization error
-  entropy      ///< the least Kullback-Leibler divergence
+  entropy,     ///< the least Kullback-Leibler divergence
+  lsq          ///< where learned step sizes start
 };
 
 struct Calibrator {
@@ -23,7 +24,7 @@ struct Calibrator {
   bool operator==(const Calibrator&) const = default;
 };
 
-/// min_max, percentile, mse or entropy (also kl). Throws Error for another name.
+/// min_max, percentile, mse, entropy (also kl) or lsq. Throws Error for another name.
 CalibrationMethod calibration_method_from_string(const std::string& name);
 std::string to_string(CalibrationMethod method);
 
@@ -50,6 +51,12 @@ Range mse_range(const Histogram& histogram, const Scheme& scheme);
 /// code and take no part. Asymmetric: [-a, a] cut back to the bins in use. Throws Error for e4m3
 /// and e5m2, whose levels are not evenly spaced.
 Range entropy_range(const Histogram& histogram, const Scheme& scheme);
+
+/// Scale 2 mean |x| / sqrt(qmax), i.e. [-a, a] with a = 2 mean |x| sqrt(qmax) (learned step size
+/// quantization, Esser 2020, arXiv 1902.08153, section 2.1); the mean is of values at their bins'
+/// centres. Meant as the start of training at few bits. Throws Error for asymmetric schemes and for
+/// e4m3 and e5m2.
+Range lsq_range(const Histogram& histogram, const Scheme& scheme);
 
 /// The range of a calibrator.
 Range calibrate(const Histogram& histogram, const Scheme& scheme, const Calibrator& calibrator);

@@ -95,7 +95,7 @@ void write_quantizer(hdf5::File& file, const std::string& group, const std::stri
   file.set_attribute(group, prefix + "_narrow_range", scheme.narrow_range);
   file.set_attribute(group, prefix + "_dynamic", scheme.dynamic);
   if (scheme.dynamic) return;
-  write_tensor(file, group + "/" + prefix + "_scale", quantizer.scale());
+  write_tensor(file, group + "/" + prefix + "_scale", quantizer.scale().detach());
   if (const auto zero_point = quantizer.zero_point())
     write_tensor(file, group + "/" + prefix + "_zero_point", *zero_point);
 }
@@ -138,37 +138,43 @@ Tensor read_codes(const hdf5::File& file, const std::string& path, const Scheme&
   return codes.view(fp8_dtype(scheme.format));
 }
 
-// Whether a layer with `out` output channels can run with what was read.
-void check_quantizers(const QuantizedLayer& layer, int64_t out) {
-  const QuantizerImpl& input = *layer.input_quantizer;
-  const QuantizerImpl& weight = *layer.weight_quantizer;
-  const Granularity rows = weight.scheme().granularity;
-  VERNIER_CHECK(!weight.scheme().dynamic &&
-                    (rows == Granularity::per_channel || rows == Granularity::per_tensor),
-                "weight_granularity ", to_string(rows), " is not per_channel or per_tensor");
-  const int64_t wanted = rows == Granularity::per_channel ? out : 1;
-  VERNIER_CHECK(weight.scale().numel() == wanted, "weight_scale has ", weight.scale().numel(),
-                " elements, not ", wanted);
-  const Granularity inputs = input.scheme().granularity;
-  VERNIER_CHECK(
-      inputs == (input.scheme().dynamic ? Granularity::per_token : Granularity::per_tensor),
-      "input_granularity ", to_string(inputs), " is not per_tensor, or per_token if dynamic");
-  VERNIER_CHECK(input.scheme().dynamic || input.scale().numel() == 1, "input_scale has ",
-                input.scale().numel(), " elements, not 1");
+// Whether a layer can run with what was read.
+void check_quantizers(QuantizedLayer& layer) {
+  for (const auto& [what, quantizer] : layer.quantizers()) {
+    const Scheme& scheme = quantizer->scheme();
+    const Granularity granularity = scheme.granularity;
+    const int64_t scales = quantizer->scale().numel();
+    if (quantizer->operand() == Operand::weight) {
+      VERNIER_CHECK(
+          !scheme.dynamic &&
+              (granularity == Granularity::per_channel || granularity == Granularity::per_tensor),
+          what, "_granularity ", to_string(granularity), " is not per_channel or per_tensor");
+      const int64_t wanted = granularity == Granularity::per_channel
+                                 ? layer.float_weight().size(quantizer->axis())
+                                 : 1;
+      VERNIER_CHECK(scales == wanted, what, "_scale has ", scales, " elements, not ", wanted);
+      continue;
+    }
+    VERNIER_CHECK(
+        granularity == (scheme.dynamic ? Granularity::per_token : Granularity::per_tensor), what,
+        "_granularity ", to_string(granularity), " is not per_tensor, or per_token if dynamic");
+    VERNIER_CHECK(scheme.dynamic || scales == 1, what, "_scale has ", scales, " elements, not 1");
+  }
 }
 
 // Every parameter and buffer that is not a quantizer's, under its name.
 std::map<std::string, Tensor> plain_tensors(const torch::nn::Module& model) {
-  std::set<std::string> quantizer_buffers;
+  std::set<std::string> of_quantizers;
   for (const auto& item : model.named_modules(std::string(), false))
     if (std::dynamic_pointer_cast<QuantizerImpl>(item.value()))
-      for (const auto& buffer : item.value()->named_buffers(false))
-        quantizer_buffers.insert(item.key() + "." + buffer.key());
-  std::map<std::string, Tensor> tensors;
-  for (const auto& item : model.named_parameters()) tensors.emplace(item.key(), item.value());
-  for (const auto& item : model.named_buffers())
-    if (!quantizer_buffers.count(item.key())) tensors.emplace(item.key(), item.value());
-  return tensors;
+      for (const auto& tensors :
+           {item.value()->named_buffers(false), item.value()->named_parameters(false)})
+        for (const auto& tensor : tensors) of_quantizers.insert(item.key() + "." + tensor.key());
+  std::map<std::string, Tensor> plain;
+  for (const auto& tensors : {model.named_parameters(), model.named_buffers()})
+    for (const auto& item : tensors)
+      if (!of_quantizers.count(item.key())) plain.emplace(item.key(), item.value());
+  return plain;
 }
 
 void write_checkpoint(const torch::nn::Module& model, const CheckpointInfo& info,
@@ -185,15 +191,22 @@ void write_checkpoint(const torch::nn::Module& model, const CheckpointInfo& info
   for (const auto& [name, layer] : quantized_layers(model)) {
     if (!layer->quantized()) continue;
     const std::string group = "layers/" + name;
-    VERNIER_CHECK(layer->input_quantizer->calibrated() && layer->weight_quantizer->calibrated(),
-                  "layer '", name, "' is not calibrated: calibrate the model before exporting it");
+    for (const auto& item : layer->quantizers())
+      VERNIER_CHECK(item.quantizer->calibrated(), "layer '", name,
+                    "' is not calibrated: calibrate the model before exporting it");
     file.create_group(group);
-    write_quantizer(file, group, "input", *layer->input_quantizer);
-    write_quantizer(file, group, "weight", *layer->weight_quantizer);
-    write_codes(
-        file, group + "/weight_codes",
-        layer->weight_quantizer->codes(layer->float_weight().detach().to(torch::kFloat)).codes);
-    tensors.erase(name + ".weight");
+    if (!layer->input_from().empty()) file.set_attribute(group, "input_from", layer->input_from());
+    if (layer->emits_codes()) file.set_attribute(group, "emits_codes", true);
+    if (layer->weight_quantizer) {  // first: a scale that follows the weight is made by its codes
+      write_codes(
+          file, group + "/weight_codes",
+          layer->weight_quantizer->codes(layer->float_weight().detach().to(torch::kFloat)).codes);
+      tensors.erase(name + ".weight");
+    }
+    for (const auto& [what, quantizer] : layer->quantizers()) {
+      quantizer->check_learned();
+      write_quantizer(file, group, what, *quantizer);
+    }
   }
   for (const auto& [name, tensor] : tensors) write_tensor(file, "tensors/" + name, tensor);
 }
@@ -239,7 +252,8 @@ TensorShapes Checkpoint::tensor_shapes() const {
     shapes.emplace(name, file_.info(dataset).shape);
   };
   for (const std::string& name : file_.children("layers"))
-    add(name + ".weight", "layers/" + name + "/weight_codes");
+    if (file_.exists("layers/" + name + "/weight_codes"))
+      add(name + ".weight", "layers/" + name + "/weight_codes");
   for (const std::string& name : file_.children("tensors")) add(name, "tensors/" + name);
   return shapes;
 }
@@ -258,16 +272,23 @@ void Checkpoint::load_into(torch::nn::Module& model) const {
     }
     const std::string group = "layers/" + name;
     try {
-      read_quantizer(file_, group, "input", *layer->input_quantizer);
-      read_quantizer(file_, group, "weight", *layer->weight_quantizer);
-      check_quantizers(*layer, layer->float_weight().size(0));
-      layer->load_weight_codes(
-          read_codes(file_, group + "/weight_codes", layer->weight_quantizer->scheme()));
-      layer->set_mode(Mode::integer);
+      layer->set_mode(Mode::full);
+      layer->set_emits_codes(file_.has_attribute(group, "emits_codes"));
+      layer->set_input_from(file_.has_attribute(group, "input_from")
+                                ? file_.attribute_string(group, "input_from")
+                                : "");
+      if (file_.has_attribute(group, "output_bits") && !layer->output_quantizer)
+        layer->quantize_output({});
+      for (const auto& [what, quantizer] : layer->quantizers())
+        read_quantizer(file_, group, what, *quantizer);
+      check_quantizers(*layer);
+      if (layer->weight_quantizer)
+        layer->load_weight_codes(
+            read_codes(file_, group + "/weight_codes", layer->weight_quantizer->scheme()));
     } catch (const Error& error) {
       throw Error(concat(where, ": layer '", name, "': ", error.what()));
     }
-    tensors.erase(name + ".weight");
+    if (layer->weight_quantizer) tensors.erase(name + ".weight");
   }
   VERNIER_CHECK(in_file.empty(), where, ": the model has no layer '", *in_file.begin(),
                 "': the checkpoint is of another architecture");
@@ -290,6 +311,11 @@ void Checkpoint::load_into(torch::nn::Module& model) const {
   }
   VERNIER_CHECK(tensors.empty(), where, ": tensor '", tensors.begin()->first,
                 "' is missing: the file is damaged or of another architecture");
+  try {
+    set_mode(model, Mode::integer);
+  } catch (const Error& error) {
+    throw Error(concat(where, ": ", error.what()));
+  }
 }
 
 }  // namespace vernier

@@ -30,8 +30,18 @@ Tensor centred_codes(const Tensor& fake_quantized, const Tensor& scale, const Sc
 // The larger of two, or NaN where one is: a maximum must not hide what is no number.
 double larger(double a, double b) { return std::isnan(a) || a > b ? a : b; }
 
-// A scale per row or one for all, as a column that broadcasts over [rows, channels].
-Tensor as_column(const Tensor& scale) { return scale.reshape({-1, 1}); }
+// A quantizer's scales as they broadcast over its tensor: one for all, one a row, or one an index
+// of the axis.
+Tensor broadcast_over(const Tensor& values, const Tensor& scale, const QuantizerImpl& quantizer) {
+  std::vector<int64_t> shape(values.dim(), 1);
+  if (quantizer.scheme().granularity == Granularity::per_channel) {
+    shape[quantizer.axis()] = -1;
+  } else if (quantizer.scheme().granularity == Granularity::per_token) {
+    shape = values.sizes().vec();
+    shape.back() = 1;
+  }
+  return scale.detach().reshape(shape);
+}
 
 // Takes the probes off again, also when a run throws.
 class ProbeGuard {
@@ -89,13 +99,92 @@ Validator::Validator(torch::nn::Module& model) : model_(model) {
 
 void Validator::compare_weight(QuantizedLayer& layer, LayerValidation& result) {
   const torch::NoGradGuard no_grad;
-  const Tensor fake =
-      layer.weight_quantizer->forward(layer.float_weight().detach().to(torch::kFloat));
-  const Tensor implied = centred_codes(fake, as_column(layer.weight_quantizer->scale()),
-                                       layer.weight_quantizer->scheme());
+  if (!layer.weight_quantizer) return;
+  QuantizerImpl& quantizer = *layer.weight_quantizer;
+  const Tensor weight = layer.float_weight().detach().to(torch::kFloat);
+  const Tensor fake = quantizer.forward(weight);
+  const Tensor implied =
+      centred_codes(fake, broadcast_over(weight, quantizer.scale(), quantizer), quantizer.scheme());
   result.weight_codes = implied.numel();
   result.weight_code_mismatches =
       differing(implied, layer.weight_codes().to(implied.scalar_type()));
+}
+
+void Validator::compare_layer(QuantizedLayer& layer, const std::vector<Tensor>& inputs,
+                              const Tensor& output, LayerValidation& result,
+                              const std::vector<Tensor>& other_run, size_t& seen) {
+  std::vector<Tensor> codes, exact_operands, magnitudes;
+  for (size_t input = 0; input < inputs.size(); ++input) {
+    const Tensor& x = inputs[input];
+    QuantizerImpl* quantizer = layer.quantizer_of_input(input);
+    if (!quantizer) {  // an index, or a mask
+      codes.push_back(x);
+      exact_operands.push_back(x);
+      magnitudes.push_back(x);
+      continue;
+    }
+    const QuantizerImpl::Codes integer = layer.input_codes(input, x);
+    const Scheme& scheme = quantizer->scheme();
+    const Tensor fake = quantizer->forward(x.to(torch::kFloat));
+    const Tensor implied =
+        centred_codes(fake, broadcast_over(x, integer.scale, *quantizer), scheme);
+    Tensor centred = integer.codes.to(implied.scalar_type());
+    if (const auto zero_point = quantizer->zero_point()) centred -= zero_point->to(torch::kDouble);
+    result.codes += implied.numel();
+    result.code_mismatches += differing(implied, centred);
+    codes.push_back(integer.codes);
+    exact_operands.push_back(implied.to(torch::kDouble));
+    magnitudes.push_back(fake.abs());
+
+    VERNIER_CHECK(seen < other_run.size(), "layer '", result.name,
+                  "' ran more often in fake_quant than in integer mode");
+    result.moved_codes += differing(integer.codes.flatten(), other_run[seen++].flatten());
+  }
+
+  const bool has_weight = layer.weight_quantizer.get() != nullptr;
+  if (layer.has_accumulators()) {
+    const Tensor exact = layer.compute(
+        exact_operands, has_weight ? layer.weight_codes().to(torch::kDouble) : Tensor(), Tensor());
+    result.accumulators += exact.numel();
+    result.accumulator_mismatches += differing(exact, layer.accumulators(codes).to(torch::kDouble));
+  }
+
+  Tensor integer_y = layer.integer_forward(inputs);
+  if (layer.output_quantizer && layer.emits_codes())
+    integer_y = layer.output_quantizer->dequantize(integer_y, torch::kFloat);
+  integer_y = integer_y.to(torch::kDouble);
+  const Tensor fake_y = output.to(torch::kDouble);
+  // Equal infinities, which half precision outputs can overflow to, do not differ.
+  const Tensor difference = (integer_y - fake_y).abs().masked_fill(integer_y.eq(fake_y), 0.0);
+  // sum |x||w| + |bias| in float32: a rounding of the bound itself, which the 8 spare roundings
+  // cover.
+  Tensor weight_magnitude, bias_magnitude;
+  if (has_weight)
+    weight_magnitude =
+        layer.weight_quantizer->dequantize(layer.weight_codes(), torch::kFloat).abs();
+  if (const Tensor& bias = layer.float_bias(); bias.defined())
+    bias_magnitude = bias.detach().abs().to(torch::kFloat);
+  const Tensor magnitude = layer.compute(magnitudes, weight_magnitude, bias_magnitude);
+  const auto roundings = static_cast<double>(layer.accumulation_length(inputs) + 8);
+  double unit = std::ldexp(1.0, -24);
+  // Half precision outputs add their own rounding, one on each side.
+  if (output.scalar_type() != torch::kFloat)
+    unit += (output.scalar_type() == torch::kHalf ? std::ldexp(1.0, -10) : std::ldexp(1.0, -7)) /
+            roundings;
+  // FP8 tensor cores round their sums more coarsely than float32.
+  if (layer.is_fp8() && output.is_cuda()) unit += kFp8TensorCoreError / roundings;
+  Tensor bound = magnitude.to(torch::kDouble) * (roundings * unit);
+  // Codes of such outputs are the same or, where the difference leads over an edge, neighbours.
+  if (layer.output_quantizer)
+    bound = bound +
+            layer.output_quantizer->scale().detach().to(torch::kDouble) * (1 + std::ldexp(1.0, -7));
+  result.outputs += difference.numel();
+  result.outside_bound += difference.le(bound).logical_not().sum().item<int64_t>();  // or NaN
+  if (difference.numel() > 0) {
+    result.max_difference = larger(result.max_difference, difference.max().item<double>());
+    const Tensor share = difference / bound.clamp_min(1e-300);
+    result.worst_of_bound = larger(result.worst_of_bound, share.max().item<double>());
+  }
 }
 
 void Validator::add(const std::function<Tensor()>& run) {
@@ -106,9 +195,12 @@ void Validator::add(const std::function<Tensor()>& run) {
   std::vector<std::vector<Tensor>> integer_codes(layers_.size());
   for (size_t i = 0; i < layers_.size(); ++i) {
     QuantizedLayer* layer = layers_[i].layer.get();
-    layer->set_probe([layer, &codes = integer_codes[i]](const Tensor& input, const Tensor&) {
-      codes.push_back(layer->input_quantizer->codes(input).codes);
-    });
+    layer->set_probe(
+        [layer, &codes = integer_codes[i]](const std::vector<Tensor>& inputs, const Tensor&) {
+          for (size_t input = 0; input < inputs.size(); ++input)
+            if (layer->quantizer_of_input(input))
+              codes.push_back(layer->input_codes(input, inputs[input]).codes);
+        });
   }
   Tensor integer_output;
   {
@@ -119,60 +211,9 @@ void Validator::add(const std::function<Tensor()>& run) {
   // The fake-quant run, whose inputs both sides of every layer are given.
   std::vector<size_t> calls(layers_.size());
   for (size_t i = 0; i < layers_.size(); ++i) {
-    const auto probe = [&, i](const Tensor& input, const Tensor& output) {
-      QuantizedLayer& layer = *layers_[i].layer;
-      LayerValidation& result = report_.layers[i];
-      const int64_t k = input.size(-1);
-      const Tensor x = input.reshape({-1, k});
-
-      const QuantizerImpl::Codes integer = layer.input_quantizer->codes(x);
-      const Tensor scale = as_column(integer.scale);
-      const Tensor implied = centred_codes(layer.input_quantizer->forward(x.to(torch::kFloat)),
-                                           scale, layer.input_quantizer->scheme());
-      const Tensor fake = implied.to(torch::kDouble);
-      Tensor centred = integer.codes.to(implied.scalar_type());
-      if (const auto zero_point = layer.input_quantizer->zero_point())
-        centred -= zero_point->to(torch::kDouble);
-      result.codes += fake.numel();
-      result.code_mismatches += differing(implied, centred);
-
-      const Tensor weight = layer.weight_codes().to(torch::kDouble);
-      if (!layer.is_fp8()) {
-        const Tensor exact = fake.mm(weight.t());
-        result.accumulators += exact.numel();
-        result.accumulator_mismatches +=
-            differing(exact, layer.accumulators(integer.codes).to(torch::kDouble));
-      }
-
-      const Tensor integer_y = layer.integer_forward(x).to(torch::kDouble);
-      const Tensor fake_y = output.reshape({x.size(0), -1}).to(torch::kDouble);
-      // Equal infinities, which half precision outputs can overflow to, do not differ.
-      const Tensor difference = (integer_y - fake_y).abs().masked_fill(integer_y.eq(fake_y), 0.0);
-      // sum |x||w| in float32: a rounding of the bound itself, which the 8 spare roundings cover.
-      const Tensor magnitude = fake.abs().to(torch::kFloat).mm(weight.abs().to(torch::kFloat).t());
-      Tensor bound = magnitude * scale * layer.weight_quantizer->scale();
-      if (const Tensor& bias = layer.float_bias(); bias.defined()) bound = bound + bias.abs();
-      double unit = std::ldexp(1.0, -24);
-      // Half precision outputs add their own rounding, one on each side.
-      if (output.scalar_type() != torch::kFloat)
-        unit +=
-            (output.scalar_type() == torch::kHalf ? std::ldexp(1.0, -10) : std::ldexp(1.0, -7)) /
-            static_cast<double>(k + 8);
-      // FP8 tensor cores round their sums more coarsely than float32.
-      if (layer.is_fp8() && x.is_cuda()) unit += kFp8TensorCoreError / static_cast<double>(k + 8);
-      bound = bound.to(torch::kDouble) * (static_cast<double>(k + 8) * unit);
-      result.outputs += difference.numel();
-      result.outside_bound += difference.le(bound).logical_not().sum().item<int64_t>();  // or NaN
-      if (difference.numel() > 0) {
-        result.max_difference = larger(result.max_difference, difference.max().item<double>());
-        const Tensor share = difference / bound.clamp_min(1e-300);
-        result.worst_of_bound = larger(result.worst_of_bound, share.max().item<double>());
-      }
-
-      VERNIER_CHECK(calls[i] < integer_codes[i].size(), "layer '", layers_[i].name,
-                    "' ran more often in fake_quant than in integer mode");
-      result.moved_codes +=
-          differing(integer.codes.flatten(), integer_codes[i][calls[i]++].flatten());
+    const auto probe = [&, i](const std::vector<Tensor>& inputs, const Tensor& output) {
+      compare_layer(*layers_[i].layer, inputs, output, report_.layers[i], integer_codes[i],
+                    calls[i]);
     };
     layers_[i].layer->set_probe(probe);
   }

@@ -76,6 +76,11 @@ class Validator {
 
  private:
   void compare_weight(QuantizedLayer& layer, LayerValidation& result);
+  // One call of a layer in the fake-quant run, and the codes of its inputs in the integer run from
+  // number `seen` on.
+  void compare_layer(QuantizedLayer& layer, const std::vector<torch::Tensor>& inputs,
+                     const torch::Tensor& output, LayerValidation& result,
+                     const std::vector<torch::Tensor>& other_run, size_t& seen);
 
   torch::nn::Module& model_;
   std::vector<NamedLayer> layers_;

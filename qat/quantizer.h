@@ -9,27 +9,61 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 
 namespace vernier {
+
+/// What becomes of a range once calibration has set it.
+enum class RangePolicy {
+  frozen,          ///< stays
+  moving_average,  ///< goes on following the extremes of every batch, averaged over batches, in
+                   ///< training mode (Jacob 2018, arXiv 1712.05877, section 3.1)
+  following,       ///< the absolute maximum of the tensor itself, anew in every forward: a weight's
+                   ///< scale while the weight is trained. Needs no calibration
+  learned          ///< a parameter that the optimizer trains (LSQ, Esser 2020, arXiv 1902.08153;
+                   ///< zero points as in LSQ+, Bhalgat 2020, arXiv 2004.09576)
+};
+
+/// frozen, moving_average, following or learned.
+std::string to_string(RangePolicy policy);
+/// Throws Error for another name.
+RangePolicy range_policy_from_string(const std::string& name);
 
 /// How one tensor of a layer is quantized and how its range is found.
 struct QuantizerSettings {
   Scheme scheme;
   Calibrator calibrator;
+  RangePolicy policy = RangePolicy::frozen;
+  double averaging = 0.01;  ///< moving_average only: the newest batch's share, in (0, 1]
 
+  /// Throws Error when a field is outside its range or the fields contradict each other: learned
+  /// scales are of integer schemes, following ones symmetric and found by min_max, and a dynamic
+  /// scheme has no range to keep.
+  void check() const;
   bool operator==(const QuantizerSettings&) const = default;
 };
 
-/// Quantizes one tensor of a layer: its input, or its weight. The scale is absent until calibration
-/// sets it (dynamic schemes have none). Buffers: `scale` float32 and, for asymmetric schemes,
-/// `zero_point` int32, in number as the granularity says (kernels/quantize.h); they follow the
-/// module's device but keep their dtype.
+/// What a quantizer quantizes: LSQ's gradient scale counts the elements of a weight, but of an
+/// activation those of one sample, index of the first axis (Esser 2020, section 2.2).
+enum class Operand { activation, weight };
+
+/// Quantizes one tensor of a layer: its input, its weight or its output. The scale is absent until
+/// calibration sets it (dynamic and following schemes need none).
+///
+/// Buffers: `scale` float32 and, for asymmetric schemes, `zero_point` int32, in number as the
+/// granularity says (kernels/quantize.h); `average` float32 [2, scales], lower and upper bounds, of
+/// moving averages. With policy learned the scale is the parameter `learned_scale`, the zero point
+/// the float32 parameter `learned_zero_point`, and the buffers are empty. The parameters are there,
+/// of no element, before calibration, and stay the same tensors, so that an optimizer can be made
+/// at any time after the policy was set. All follow the module's device and keep their dtype.
 class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
  public:
-  explicit QuantizerImpl(const QuantizerSettings& settings = {}, int64_t axis = 0);
+  /// `axis` is that of per_channel scales.
+  explicit QuantizerImpl(const QuantizerSettings& settings = {}, int64_t axis = 0,
+                         Operand operand = Operand::activation);
 
-  /// Makes buffers and observer, empty; for the constructor and clone(), whose copy has settings
-  /// and scale but not what was observed.
+  /// Makes parameters, buffers and observer, empty; for the constructor and clone(), whose copy has
+  /// settings and scale but not what was observed.
   void reset() override;
 
   using torch::nn::Module::to;
@@ -37,23 +71,36 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   void to(torch::Dtype dtype, bool non_blocking = false) override;
   /// An uncalibrated quantizer leaves no trace in archives, so that those of float models
   /// interchange with torch::nn's.
-  bool is_serializable() const override { return calibrated(); }
-  /// Archives hold the scheme with the scale. Loading takes both over, whatever the scheme was, and
-  /// leaves the calibrator. Throws Error when they contradict each other.
+  bool is_serializable() const override { return settings_.scheme.dynamic || scale().numel() > 0; }
+  /// Archives hold scheme and policy with the scale. Loading takes them over, whatever they were,
+  /// and leaves the calibrator. Throws Error when they contradict each other.
   void save(torch::serialize::OutputArchive& archive) const override;
   void load(torch::serialize::InputArchive& archive) override;
 
   const Scheme& scheme() const { return settings_.scheme; }
   const QuantizerSettings& settings() const { return settings_; }
+  int64_t axis() const { return axis_; }
+  Operand operand() const { return operand_; }
   /// Changes the settings and forgets the scale.
   void set_settings(const QuantizerSettings& settings);
 
+  /// Changes the policy and keeps the scale: from learned to frozen the parameters become buffers,
+  /// and the other way round. To or from learned an optimizer has to be told.
+  void set_policy(RangePolicy policy);
+
   /// Whether it can quantize: it has a scale or needs none.
-  bool calibrated() const { return settings_.scheme.dynamic || scale_.numel() > 0; }
-  /// Empty where not calibrated or dynamic.
-  const torch::Tensor& scale() const { return scale_; }
-  /// Absent for symmetric schemes.
+  bool calibrated() const {
+    return settings_.scheme.dynamic || settings_.policy == RangePolicy::following ||
+           scale().numel() > 0;
+  }
+  /// Empty where not calibrated or dynamic; of the last tensor where it follows tensors. Where it
+  /// is learned, the parameter.
+  const torch::Tensor& scale() const { return learns() ? learned_scale_ : scale_; }
+  /// int32, of a learned one what is used; absent for symmetric schemes.
   std::optional<torch::Tensor> zero_point() const;
+  /// Throws Error when a learned scale has become zero, negative, NaN or infinite, or a zero point
+  /// NaN or infinite. Makes the host wait for the GPU; forward() asks on the CPU only.
+  void check_learned() const;
 
   /// Sets the scale from one range (per_tensor) or one per channel, by the scheme.
   /// Throws Error where a range is not finite.
@@ -69,27 +116,43 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   /// Chooses the range of a site from its statistics; for activations.
   void calibrate(const SiteStatistics& statistics);
 
-  /// Adds a tensor to the statistics.
+  /// Adds a tensor to the statistics from which calibrate() chooses.
   void observe(const torch::Tensor& values) { observer_->observe(values); }
   Observer& observer() { return *observer_; }
 
-  /// Quantize-dequantize with straight-through gradients. Throws Error when not calibrated.
+  /// Quantize-dequantize with straight-through gradients, and with those of scale and zero point
+  /// where they are learned. In training mode moving averages first take the tensor in, without
+  /// making the host wait. Not for several threads at once where the policy changes the scale.
+  /// Throws Error when not calibrated, and on the CPU as check_learned().
   torch::Tensor forward(const torch::Tensor& values);
 
   struct Codes {
     torch::Tensor codes;  ///< int8, or FP8 by the scheme, like the values
     torch::Tensor scale;  ///< the scale they were made with; per token where dynamic
   };
-  /// Codes by the kernels. Throws Error when not calibrated.
+  /// Codes by the kernels; where the scale follows tensors, it follows this one. Throws Error when
+  /// not calibrated.
   Codes codes(const torch::Tensor& values) const;
+  /// Real values of codes made with a scale that is not dynamic.
+  torch::Tensor dequantize(const torch::Tensor& codes, torch::Dtype dtype) const;
 
  private:
+  bool learns() const { return settings_.policy == RangePolicy::learned; }
   void check_calibrated() const;
+  void register_learned();
+  void clear();
+  void update_average(const torch::Tensor& values);
+  double gradient_scale(const torch::Tensor& values) const;
+  void store(const torch::Tensor& scale, const std::optional<torch::Tensor>& zero_point);
 
   QuantizerSettings settings_;
   int64_t axis_;
+  Operand operand_;
   torch::Tensor scale_;
   torch::Tensor zero_point_;
+  torch::Tensor average_;
+  torch::Tensor learned_scale_;
+  torch::Tensor learned_zero_point_;
   std::shared_ptr<Observer> observer_ = std::make_shared<Observer>();
 };
 

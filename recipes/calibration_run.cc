@@ -11,6 +11,21 @@ namespace {
 
 constexpr int64_t kBlockSamples = 32;
 
+// Where statistics are gathered: the quantizers of all activations.
+struct Site {
+  std::string name;
+  std::shared_ptr<QuantizerImpl> quantizer;
+};
+
+std::vector<Site> sites_of(const torch::nn::Module& model) {
+  std::vector<Site> sites;
+  for (const auto& [layer_name, layer] : quantized_layers(model))
+    for (const auto& [what, quantizer] : layer->quantizers())
+      if (quantizer->operand() == Operand::activation)
+        sites.push_back({site_name(layer_name, what), quantizer});
+  return sites;
+}
+
 void forward_all(TextModel& model, const std::vector<std::vector<int64_t>>& samples,
                  torch::Device device) {
   const auto forward = [&](int64_t i) {
@@ -43,26 +58,26 @@ ModelStatistics plan_statistics(const TextModel& model, const TokenDataset& data
   statistics.data = data.fingerprint();
   statistics.first_sample = first;
   statistics.planned = count;
-  for (const NamedLayer& item : quantized_layers(model)) statistics.sites[item.name];
+  for (const Site& site : sites_of(model)) statistics.sites[site.name];
   return statistics;
 }
 
 void collect_statistics(TextModel& model, const TokenDataset& data, ModelStatistics& statistics,
                         const std::function<void(const ModelStatistics&)>& after_block) {
-  const std::vector<NamedLayer> layers = quantized_layers(model);
-  VERNIER_CHECK(!layers.empty(), "the model has no layer to calibrate");
+  const std::vector<Site> sites = sites_of(model);
+  VERNIER_CHECK(!sites.empty(), "the model has no layer to calibrate");
   const torch::Device device = model.parameters().front().device();
   const ModeGuard observing(model, Mode::observe);
-  for (const NamedLayer& item : layers) item.layer->input_quantizer->observer().reset();
+  for (const Site& site : sites) site.quantizer->observer().reset();
   while (statistics.samples < statistics.planned) {
     const int64_t count = std::min(kBlockSamples, statistics.planned - statistics.samples);
     forward_all(model,
                 data.read(statistics.first_sample + statistics.samples, count, model.vocabulary(),
                           model.max_length()),
                 device);
-    for (const NamedLayer& item : layers) {
-      Observer& observer = item.layer->input_quantizer->observer();
-      statistics.sites[item.name].merge(observer.statistics());
+    for (const Site& site : sites) {
+      Observer& observer = site.quantizer->observer();
+      statistics.sites[site.name].merge(observer.statistics());
       observer.reset();
     }
     check_statistics(statistics);

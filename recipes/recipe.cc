@@ -155,8 +155,10 @@ void apply_recipe(const torch::nn::Module& model, const Recipe& recipe) {
     }
     layer->set_mode(Mode::full);
     layer->set_quantized(!skipped);
-    layer->input_quantizer->set_settings(recipe.activations);
-    layer->weight_quantizer->set_settings(recipe.weights);
+    layer->set_name(name);
+    for (const auto& item : layer->quantizers())
+      item.quantizer->set_settings(
+          item.quantizer->operand() == Operand::weight ? recipe.weights : recipe.activations);
   }
   VERNIER_CHECK(unmatched.empty(), "recipe ", recipe.name, ": skip '", *unmatched.begin(),
                 "' matches no layer; layers are named like '",
@@ -177,17 +179,23 @@ void calibrate_layers(const torch::nn::Module& model, const ModelStatistics& sta
   for (const auto& [name, layer] : quantized_layers(model)) {
     if (!layer->quantized()) continue;
     try {
-      layer->weight_quantizer->calibrate(layer->float_weight());
-      if (layer->input_quantizer->scheme().dynamic) continue;
-      const auto site = statistics.sites.find(name);
-      VERNIER_CHECK(site != statistics.sites.end() && site->second.histogram.total() > 0,
-                    "it was never reached by the calibration data: calibrate with data that uses "
-                    "it, or skip it");
-      const auto inputs = static_cast<size_t>(layer->float_weight().size(1));
-      VERNIER_CHECK(site->second.channels.size() == inputs, "its statistics have ",
-                    site->second.channels.size(), " channels and it has ", inputs,
-                    " inputs: calibrate this model");
-      layer->input_quantizer->calibrate(site->second);
+      for (const auto& [what, quantizer] : layer->quantizers()) {
+        if (quantizer->operand() == Operand::weight) {
+          quantizer->calibrate(layer->float_weight());
+          continue;
+        }
+        if (quantizer->scheme().dynamic) continue;
+        const auto site = statistics.sites.find(site_name(name, what));
+        VERNIER_CHECK(site != statistics.sites.end() && site->second.histogram.total() > 0,
+                      "it was never reached by the calibration data: calibrate with data that uses "
+                      "it, or skip it");
+        const auto inputs = layer->input_channels();
+        const size_t channels = site->second.channels.size();
+        VERNIER_CHECK(what != "input" || !inputs || channels == static_cast<size_t>(*inputs),
+                      "its statistics have ", channels, " channels and it has ", *inputs,
+                      " inputs: calibrate this model");
+        quantizer->calibrate(site->second);
+      }
     } catch (const Error& error) {
       throw Error(concat("layer '", name, "': ", error.what()));
     }

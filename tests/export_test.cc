@@ -42,8 +42,8 @@ const Scheme kActivations[] = {symmetric_scheme(8), kAsymmetric, kPerToken};
 /// A linear layer whose integer mode is wrong by `fault` in its first output.
 struct FaultyLinear : nn::LinearImpl {
   using nn::LinearImpl::LinearImpl;
-  Tensor integer_forward(const Tensor& input) const override {
-    Tensor output = nn::LinearImpl::integer_forward(input);
+  Tensor integer_compute(at::TensorList inputs) const override {
+    Tensor output = nn::LinearImpl::integer_compute(inputs);
     output.flatten()[0] += fault;
     return output;
   }

@@ -96,7 +96,7 @@ TEST_F(QatCopies, ClonesAreWholeLayersOfTheirOwn) {
 TEST_F(QatCopies, ClonesLeaveTheProbeAndWhatWasObserved) {
   nn::Linear layer = calibrated(kSymmetric);
   int calls = 0;
-  layer->set_probe([&](const Tensor&, const Tensor&) { ++calls; });
+  layer->set_probe([&](const std::vector<Tensor>&, const Tensor&) { ++calls; });
   layer->set_mode(Mode::observe);
   layer->forward(torch::randn({2, kIn}));
   const auto copy = std::dynamic_pointer_cast<nn::LinearImpl>(layer->clone());

@@ -568,8 +568,8 @@ TEST_F(QatTest, ProbesSeeInputAndOutputInEveryMode) {
   nn::Linear layer = calibrated_linear();
   const Tensor x = torch::randn({3, kIn});
   Tensor input, output;
-  layer->set_probe([&](const Tensor& in, const Tensor& out) {
-    input = in;
+  layer->set_probe([&](const std::vector<Tensor>& in, const Tensor& out) {
+    input = in.at(0);
     output = out;
   });
   for (const Mode mode : kModes) {
