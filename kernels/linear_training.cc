@@ -1,6 +1,5 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -63,19 +62,23 @@ QuantizedOperand quantize_dynamic(const Tensor& matrix, const Scheme& scheme,
   return operand;
 }
 
-// `mask`: the gradient of the matrix is wanted.
+// What quantize_masked is given where there is a scale. `mask`: the gradient of the matrix is
+// wanted; the backward of a learned scale reads the matrix anyway and finds out what was clipped.
+MaskedOperand masked_operand(const Tensor& matrix, const TrainedOperand& q, bool mask) {
+  return {matrix,   *q.scale,   integer_zero_point(q.zero_point, q.scheme),
+          q.scheme, /*axis=*/0, mask && !q.gradient_scale};
+}
+
+QuantizedOperand quantized_operand(const MaskedOperand& given, MaskedQuantized result) {
+  return {std::move(result.output), given.scale, given.zero_point, std::move(result.clipped)};
+}
+
 QuantizedOperand quantize_operand(const Tensor& matrix, const TrainedOperand& q,
                                   at::ScalarType dtype, bool mask) {
   if (!q.scale) return quantize_dynamic(matrix, q.scheme, dtype);
-  QuantizedOperand operand;
-  operand.scale = *q.scale;
-  operand.zero_point = integer_zero_point(q.zero_point, q.scheme);
-  // The backward of a learned scale reads the matrix anyway and finds out what was clipped.
-  auto [values, clipped] = quantize_masked(matrix, *q.scale, operand.zero_point, q.scheme,
-                                           /*axis=*/0, dtype, mask && !q.gradient_scale);
-  operand.values = std::move(values);
-  operand.clipped = std::move(clipped);
-  return operand;
+  const MaskedOperand given = masked_operand(matrix, q, mask);
+  return quantized_operand(given, quantize_masked(matrix, given.scale, given.zero_point, q.scheme,
+                                                  given.axis, dtype, given.mask));
 }
 
 // ---- Checks -------------------------------------------------------------------------------------
@@ -167,8 +170,18 @@ struct ForwardResult {
 ForwardResult forward(const LinearCall& call, bool input_mask, bool weight_mask) {
   ForwardResult result;
   const at::ScalarType dtype = call.values_dtype();
-  result.input = quantize_operand(as_matrix(call.input), call.input_quantizer, dtype, input_mask);
-  result.weight = quantize_operand(call.weight, call.weight_quantizer, dtype, weight_mask);
+  const TrainedOperand &x = call.input_quantizer, &w = call.weight_quantizer;
+  const Tensor input = as_matrix(call.input);
+  if (x.scale && w.scale) {  // at once
+    const MaskedOperand a = masked_operand(input, x, input_mask),
+                        b = masked_operand(call.weight, w, weight_mask);
+    auto [p, q] = quantize_masked(a, b, dtype);
+    result.input = quantized_operand(a, std::move(p));
+    result.weight = quantized_operand(b, std::move(q));
+  } else {
+    result.input = quantize_operand(input, x, dtype, input_mask);
+    result.weight = quantize_operand(call.weight, w, dtype, weight_mask);
+  }
   result.output = multiply(call, result.input, result.weight);
   if (call.input.dim() != 2) {
     std::vector<int64_t> sizes = call.input.sizes().vec();
@@ -227,7 +240,11 @@ class SavedOperand {
     return dequantize(values, scale_.unpack(), zero_point, scheme_, /*axis=*/0, dtype);
   }
 
-  // From the gradient of the quantized operand, a new matrix.
+  // Where the operand was clipped; undefined where nothing is to become zero.
+  Tensor clipped() const { return has_mask_ ? clipped_.unpack() : Tensor(); }
+
+  // From the gradient of the quantized operand, a new matrix; what clipped() names is still to
+  // become zero.
   OperandGradients gradients(Tensor gradient) const {
     OperandGradients result;
     gradient = as_dtype(gradient, dtype_);
@@ -240,8 +257,6 @@ class SavedOperand {
           to_string(scheme_.granularity), /*axis=*/0, scheme_.group_size, scheme_.narrow_range,
           *gradient_scale_);
       if (!zero_point || zero_point->scalar_type() != at::kFloat) result.zero_point = Tensor();
-    } else if (has_mask_) {
-      zero_clipped_(gradient, clipped_.unpack());
     }
     result.operand = sizes_.size() == 2 ? gradient : gradient.view(sizes_);
     return result;
@@ -293,20 +308,20 @@ class FakeQuantizedLinearBackward : public torch::autograd::Node {
     if (!gradients[0].defined()) return results;
     const at::AutoDispatchBelowADInplaceOrView below;
     const Tensor gradient = as_matrix(gradients[0]).contiguous();
+    OperandGradients input, weight;
     if (wanted(kInput) || wanted(kInputScale) || wanted(kInputZeroPoint)) {
-      auto [operand, scale, zero_point] =
-          input_.gradients(at::mm(gradient, weight_.matrix(dtype_)));
-      results[kInput] = std::move(operand);
-      results[kInputScale] = std::move(scale);
-      results[kInputZeroPoint] = std::move(zero_point);
+      input = input_.gradients(at::mm(gradient, weight_.matrix(dtype_)));
     }
     if (wanted(kWeight) || wanted(kWeightScale) || wanted(kWeightZeroPoint)) {
-      auto [operand, scale, zero_point] =
-          weight_.gradients(at::mm(gradient.t(), input_.matrix(dtype_)));
-      results[kWeight] = std::move(operand);
-      results[kWeightScale] = std::move(scale);
-      results[kWeightZeroPoint] = std::move(zero_point);
+      weight = weight_.gradients(at::mm(gradient.t(), input_.matrix(dtype_)));
     }
+    zero_clipped(input.operand, input_.clipped(), weight.operand, weight_.clipped());
+    results[kInput] = std::move(input.operand);
+    results[kInputScale] = std::move(input.scale);
+    results[kInputZeroPoint] = std::move(input.zero_point);
+    results[kWeight] = std::move(weight.operand);
+    results[kWeightScale] = std::move(weight.scale);
+    results[kWeightZeroPoint] = std::move(weight.zero_point);
     if (wanted(kBias)) results[kBias] = as_dtype(gradient.sum(0), bias_dtype_);
     return results;
   }
@@ -321,6 +336,19 @@ class FakeQuantizedLinearBackward : public torch::autograd::Node {
 
  private:
   bool wanted(Edge edge) const { return task_should_compute_output(edge); }
+
+  // Of gradients that were computed and masks that are there.
+  static void zero_clipped(Tensor& a, const Tensor& a_clipped, Tensor& b, const Tensor& b_clipped) {
+    const bool first = a.defined() && a_clipped.defined();
+    const bool second = b.defined() && b_clipped.defined();
+    if (first && second) {
+      zero_clipped_(a, a_clipped, b, b_clipped);
+    } else if (first) {
+      zero_clipped_(a, a_clipped);
+    } else if (second) {
+      zero_clipped_(b, b_clipped);
+    }
+  }
 
   at::ScalarType dtype_ = at::kFloat, bias_dtype_ = at::kFloat;
   SavedOperand input_, weight_;
@@ -358,12 +386,21 @@ LinearCall call_of(const Tensor& input, const Tensor& weight, const OptionalTens
   return call;
 }
 
-// Without gradients.
-Tensor run(const LinearCall& call) {
-  return forward(call, /*input_mask=*/false, /*weight_mask=*/false).output;
+using Results = std::tuple<Tensor, Tensor, Tensor>;
+
+// The output, and scales that were found.
+Results results_of(const LinearCall& call, ForwardResult& result) {
+  return {std::move(result.output), call.input_quantizer.scale ? Tensor() : result.input.scale,
+          call.weight_quantizer.scale ? Tensor() : result.weight.scale};
 }
 
-Tensor run_with_autograd(const LinearCall& call) {
+// Without gradients.
+Results run(const LinearCall& call) {
+  ForwardResult result = forward(call, /*input_mask=*/false, /*weight_mask=*/false);
+  return results_of(call, result);
+}
+
+Results run_with_autograd(const LinearCall& call) {
   const TrainedOperand &x = call.input_quantizer, &w = call.weight_quantizer;
   std::shared_ptr<FakeQuantizedLinearBackward> node;
   if (torch::autograd::compute_requires_grad(call.input, call.weight, call.bias, x.scale,
@@ -386,14 +423,14 @@ Tensor run_with_autograd(const LinearCall& call) {
     node->save(call, result);
     torch::autograd::set_history(result.output, node);
   }
-  return result.output;
+  return results_of(call, result);
 }
 
-using Signature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                         int64_t, std::string_view, int64_t, bool, std::optional<double>, int64_t,
-                         std::string_view, int64_t, bool, std::optional<double>, bool,
-                         std::optional<at::ScalarType>);
+using Signature = Results(const Tensor&, const Tensor&, const OptionalTensor&,
+                          const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                          const OptionalTensor&, int64_t, std::string_view, int64_t, bool,
+                          std::optional<double>, int64_t, std::string_view, int64_t, bool,
+                          std::optional<double>, bool, std::optional<at::ScalarType>);
 
 auto& fake_quantized_linear_operator() {
   static const auto op = operator_handle<Signature>("vernier::fake_quantized_linear");
@@ -405,15 +442,15 @@ struct Kernels;
 
 // What is registered, with the operator's many arguments written once.
 template <typename... Arguments>
-struct Kernels<Tensor(Arguments...)> {
-  static Tensor plain(Arguments... arguments) { return run(call_of(arguments...)); }
+struct Kernels<Results(Arguments...)> {
+  static Results plain(Arguments... arguments) { return run(call_of(arguments...)); }
 
-  static Tensor autograd(Arguments... arguments) {
+  static Results autograd(Arguments... arguments) {
     return run_with_autograd(call_of(arguments...));
   }
 
   template <at::DeviceType kDevice>
-  static Tensor autocast(Arguments... arguments) {
+  static Results autocast(Arguments... arguments) {
     const c10::impl::ExcludeDispatchKeyGuard done(
         at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
     std::tuple<Arguments...> call(arguments...);
@@ -423,30 +460,6 @@ struct Kernels<Tensor(Arguments...)> {
         [](const auto&... all) { return fake_quantized_linear_operator().call(all...); }, call);
   }
 };
-
-// The composition, for schemes that the operator does not know.
-Tensor compose(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-               const TrainedOperand& input_quantizer, const TrainedOperand& weight_quantizer,
-               TrainedProduct product, std::optional<at::ScalarType> dtype) {
-  VERNIER_CHECK(product == TrainedProduct::real && !input_quantizer.gradient_scale &&
-                    !weight_quantizer.gradient_scale,
-                "FP8 schemes take a product of real values and scales that are not learned");
-  const auto quantized = [&](const Tensor& tensor, const TrainedOperand& q) {
-    Tensor scale;
-    if (q.scale) {
-      scale = *q.scale;
-    } else {
-      const at::AutoDispatchBelowADInplaceOrView below;  // a constant to the gradient
-      scale = dynamic_scale(as_matrix(tensor), q.scheme);
-    }
-    const Tensor real = fake_quantize(tensor, scale, q.zero_point, q.scheme);
-    return dtype ? as_dtype(real, *dtype) : real;
-  };
-  OptionalTensor own_bias = bias;
-  if (bias && dtype) own_bias = as_dtype(*bias, *dtype);
-  return at::linear(quantized(input, input_quantizer), quantized(weight, weight_quantizer),
-                    own_bias);
-}
 
 }  // namespace
 
@@ -460,7 +473,9 @@ TORCH_LIBRARY_FRAGMENT(vernier, m) {
          "Tensor? input_scale=None, Tensor? input_zero_point=None, Tensor? weight_scale=None, "
          "Tensor? weight_zero_point=None, *, " +
          scheme("input", "per_tensor") + scheme("weight", "per_channel") +
-         "bool product_of_codes=False, ScalarType? dtype=None) -> Tensor")
+         "bool product_of_codes=False, ScalarType? dtype=None) -> (Tensor output, Tensor "
+         "input_scale, "
+         "Tensor weight_scale)")
             .c_str());
 }
 TORCH_LIBRARY_IMPL(vernier, CompositeExplicitAutograd, m) {
@@ -476,22 +491,24 @@ TORCH_LIBRARY_IMPL(vernier, AutocastCUDA, m) {
   m.impl("fake_quantized_linear", TORCH_FN(Kernels<Signature>::autocast<at::kCUDA>));
 }
 
-Tensor fake_quantized_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                             const TrainedOperand& x, const TrainedOperand& w,
-                             TrainedProduct product, std::optional<at::ScalarType> dtype) {
-  for (const TrainedOperand* q : {&x, &w})
+TrainedLinear fake_quantized_linear(const Tensor& input, const Tensor& weight,
+                                    const OptionalTensor& bias, const TrainedOperand& x,
+                                    const TrainedOperand& w, TrainedProduct product,
+                                    std::optional<at::ScalarType> dtype) {
+  for (const TrainedOperand* q : {&x, &w}) {
+    VERNIER_CHECK(!q->scheme.is_fp8(), "fake_quantized_linear takes integer schemes, not ",
+                  to_string(q->scheme));
     if (q->scale) check_zero_point(q->scheme, q->zero_point);
-  if (x.scheme.is_fp8() || w.scheme.is_fp8())
-    return compose(input, weight, bias, x, w, product, dtype);
-  for (const TrainedOperand* q : {&x, &w})
     VERNIER_CHECK(q->scale || q->scheme.symmetric,
                   "dynamic scales are symmetric: ", to_string(q->scheme),
                   " needs a calibrated or a learned scale");
-  return fake_quantized_linear_operator().call(
+  }
+  auto [output, input_scale, weight_scale] = fake_quantized_linear_operator().call(
       input, weight, bias, x.scale, x.zero_point, w.scale, w.zero_point, x.scheme.bits,
       to_string(x.scheme.granularity), x.scheme.group_size, x.scheme.narrow_range, x.gradient_scale,
       w.scheme.bits, to_string(w.scheme.granularity), w.scheme.group_size, w.scheme.narrow_range,
       w.gradient_scale, product == TrainedProduct::codes, dtype);
+  return {std::move(output), std::move(input_scale), std::move(weight_scale)};
 }
 
 }  // namespace vernier

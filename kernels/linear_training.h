@@ -13,8 +13,8 @@ namespace vernier {
 /// How one operand of a linear layer is quantized while it is trained.
 struct TrainedOperand {
   Scheme scheme;
-  /// float32, in number as the granularity says. Absent: symmetric scales from the absolute maximum
-  /// of each tensor that passes, as fake_quantize_dynamic finds them.
+  /// float32, in number as the granularity says. Absent: symmetric scales from the tensor's own
+  /// absolute maxima, as fake_quantize_dynamic finds them.
   std::optional<at::Tensor> scale = std::nullopt;
   /// int32, or float32 where it is learned; for asymmetric schemes.
   std::optional<at::Tensor> zero_point = std::nullopt;
@@ -29,8 +29,13 @@ enum class TrainedProduct {
   codes  ///< int8 codes, exactly what the layer computes in integer mode, bit for bit
 };
 
-/// y = fake_quantize(input) * fake_quantize(weight)^T + bias: [..., out] of input [..., in], weight
-/// [out, in], bias [out].
+struct TrainedLinear {
+  at::Tensor output;
+  at::Tensor input_scale, weight_scale;  ///< float32, found in this call; undefined if given
+};
+
+/// output = fake_quantize(input) * fake_quantize(weight)^T + bias: [..., out] of input [..., in],
+/// weight [out, in], bias [out].
 ///
 /// Differentiable once in input, weight, bias and what is learned; gradients are those of the
 /// composition: grad_input = mask * (g * weight_q), grad_weight = mask * (g^T * input_q), where the
@@ -40,16 +45,16 @@ enum class TrainedProduct {
 /// learned.
 ///
 /// Operands and output have `dtype` (float32, float16 or bfloat16); absent, the input's dtype, or
-/// autocast's where that is on. Inputs are per_tensor, per_token or per_group, weights anything
-/// else too. FP8 schemes go through fake_quantize and a linear layer. TrainedProduct::codes takes
-/// what int8_linear takes: inputs per_tensor or per_token, weights symmetric, per_tensor or
-/// per_channel. No call makes the host wait for the GPU.
+/// autocast's where that is on. Schemes are of integers: of the input per_tensor, per_token or
+/// per_group, of the weight any. TrainedProduct::codes takes what int8_linear takes: inputs
+/// per_tensor or per_token, weights symmetric, per_tensor or per_channel. No call makes the host
+/// wait for the GPU.
 /// Throws Error where shapes, dtypes, devices, scales or schemes do not fit.
-at::Tensor fake_quantized_linear(const at::Tensor& input, const at::Tensor& weight,
-                                 const std::optional<at::Tensor>& bias,
-                                 const TrainedOperand& input_quantizer,
-                                 const TrainedOperand& weight_quantizer,
-                                 TrainedProduct product = TrainedProduct::real,
-                                 std::optional<at::ScalarType> dtype = std::nullopt);
+TrainedLinear fake_quantized_linear(const at::Tensor& input, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias,
+                                    const TrainedOperand& input_quantizer,
+                                    const TrainedOperand& weight_quantizer,
+                                    TrainedProduct product = TrainedProduct::real,
+                                    std::optional<at::ScalarType> dtype = std::nullopt);
 
 }  // namespace vernier

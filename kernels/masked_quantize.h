@@ -8,6 +8,7 @@
 #include <vernier/kernels/scheme.h>
 
 #include <optional>
+#include <utility>
 
 namespace vernier {
 
@@ -25,10 +26,29 @@ MaskedQuantized quantize_masked(const at::Tensor& input, const at::Tensor& scale
                                 const std::optional<at::Tensor>& zero_point, const Scheme& scheme,
                                 int64_t axis, at::ScalarType dtype, bool mask = true);
 
+/// What quantize_masked is given.
+struct MaskedOperand {
+  at::Tensor input;
+  at::Tensor scale;
+  std::optional<at::Tensor> zero_point = std::nullopt;
+  Scheme scheme = {};
+  int64_t axis = 0;
+  bool mask = true;
+};
+
+/// The same of two tensors on one device, in one launch where that can be done.
+std::pair<MaskedQuantized, MaskedQuantized> quantize_masked(const MaskedOperand& first,
+                                                            const MaskedOperand& second,
+                                                            at::ScalarType dtype);
+
 /// Sets the elements of `gradient` whose bits are set to zero, in place: what fake_quantize's
 /// backward does, at the price of reading the mask and writing what it names. `gradient` is
 /// contiguous, float32, float16 or bfloat16; an empty mask names nothing. Throws Error when the
 /// sizes do not fit.
 at::Tensor& zero_clipped_(at::Tensor& gradient, const at::Tensor& clipped);
+
+/// The same of two gradients on one device, in one launch where that can be done.
+void zero_clipped_(at::Tensor& first, const at::Tensor& first_clipped, at::Tensor& second,
+                   const at::Tensor& second_clipped);
 
 }  // namespace vernier

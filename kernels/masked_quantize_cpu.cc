@@ -62,23 +62,25 @@ void run(const QuantizeArguments& a, O* out, uint8_t* clipped) {
 
 }  // namespace
 
-void quantize_masked(const QuantizeArguments& a, const MaskedOutput& output) {
-  with_element_type(a.input_type, [&]<typename T>(T*) {
-    if (!output.type) return run<T>(a, static_cast<int8_t*>(output.values), output.clipped);
+void quantize_masked(const MaskedJob& job) {
+  const MaskedOutput& output = job.output;
+  with_element_type(job.arguments.input_type, [&]<typename T>(T*) {
+    if (!output.type)
+      return run<T>(job.arguments, static_cast<int8_t*>(output.values), output.clipped);
     with_element_type(*output.type, [&]<typename O>(O*) {
-      run<T>(a, static_cast<O*>(output.values), output.clipped);
+      run<T>(job.arguments, static_cast<O*>(output.values), output.clipped);
     });
   });
 }
 
-void zero_clipped(const uint8_t* clipped, int64_t numel, ElementType type, void* gradient) {
-  with_element_type(type, [&]<typename T>(T*) {
-    T* const g = static_cast<T*>(gradient);
-    parallel_for((numel + 7) / 8, kQuantizeGrain / 8, [&](int64_t first, int64_t last) {
+void zero_clipped(const ClippedGradient& job) {
+  with_element_type(job.type, [&]<typename T>(T*) {
+    T* const g = static_cast<T*>(job.gradient);
+    parallel_for((job.numel + 7) / 8, kQuantizeGrain / 8, [&](int64_t first, int64_t last) {
       for (int64_t byte = first; byte < last; ++byte) {
-        if (clipped[byte] == 0) continue;
-        for (int64_t i = byte * 8; i < std::min(byte * 8 + 8, numel); ++i)
-          if (clipped[byte] >> (i % 8) & 1) g[i] = T(0.0f);
+        if (job.clipped[byte] == 0) continue;
+        for (int64_t i = byte * 8; i < std::min(byte * 8 + 8, job.numel); ++i)
+          if (job.clipped[byte] >> (i % 8) & 1) g[i] = T(0.0f);
       }
     });
   });

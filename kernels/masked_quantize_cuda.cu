@@ -52,33 +52,71 @@ __device__ void masked_byte(const T* input, O* output, uint8_t* clipped, int64_t
   if (clipped) clipped[byte] = static_cast<uint8_t>(bits);
 }
 
+// One tensor's part of a launch: `blocks` of them, 0 for none.
 template <typename T, typename O>
-__global__ void __launch_bounds__(kQuantizeThreads, 4)
-    masked_tile_kernel(const T* input, O* output, uint8_t* clipped, int64_t numel, Tiles tiles,
-                       DeviceMap map) {
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t t = int64_t{blockIdx.x} * kQuantizeWarps + threadIdx.x / kWarp; t < tiles.count;
-       t += int64_t{gridDim.x} * kQuantizeWarps) {
-    const Tile tile(t, tiles);
-    Pack<T, kByte> x[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (lane + u * kWarp >= tile.vectors) break;
-      x[u] = load_pack<kByte>(input + (tile.first + lane + u * kWarp) * kByte);
-    }
-    const CodeGrid grid = map.at(map.index_of_run(tile.run));
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (lane + u * kWarp >= tile.vectors) break;
-      const int64_t v = tile.first + lane + u * kWarp;
-      uint32_t bits;
-      store_pack(output + v * kByte, masked<T, O>(x[u], grid, bits));
-      if (clipped) clipped[v] = static_cast<uint8_t>(bits);
-    }
+struct TileJob {
+  const T* input;
+  O* output;
+  uint8_t* clipped;
+  int64_t numel;
+  Tiles tiles;
+  DeviceMap map;
+  unsigned blocks;
+
+  explicit TileJob(const MaskedJob& job)
+      : input(static_cast<const T*>(job.arguments.input)),
+        output(static_cast<O*>(job.output.values)),
+        clipped(job.output.clipped),
+        numel(job.arguments.numel),
+        tiles(numel, job.arguments.map, kByte, kWarp),
+        map(job.arguments),
+        blocks(grid_size(divide_up(tiles.count, kQuantizeWarps), kQuantizeBlocks)) {}
+
+  // Vectors that do not straddle scales, of aligned operands.
+  static bool fits(const MaskedJob& job) {
+    const QuantizeArguments& a = job.arguments;
+    return (a.map.count == 1 || a.map.inner % kByte == 0) &&
+           is_aligned(a.input, sizeof(T) * kByte) &&
+           is_aligned(job.output.values, sizeof(O) * kByte);
   }
-  // What is left behind the last whole vector, where all share one scale.
-  if (blockIdx.x == 0 && threadIdx.x == 0 && numel % kByte != 0)
-    masked_byte(input, output, clipped, numel / kByte, numel, map);
+
+  __device__ void run(unsigned block) const {
+    const int lane = threadIdx.x % kWarp;
+    for (int64_t t = int64_t{block} * kQuantizeWarps + threadIdx.x / kWarp; t < tiles.count;
+         t += int64_t{blocks} * kQuantizeWarps) {
+      const Tile tile(t, tiles);
+      Pack<T, kByte> x[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (lane + u * kWarp >= tile.vectors) break;
+        x[u] = load_pack<kByte>(input + (tile.first + lane + u * kWarp) * kByte);
+      }
+      const CodeGrid grid = map.at(map.index_of_run(tile.run));
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (lane + u * kWarp >= tile.vectors) break;
+        const int64_t v = tile.first + lane + u * kWarp;
+        uint32_t bits;
+        store_pack(output + v * kByte, masked<T, O>(x[u], grid, bits));
+        if (clipped) clipped[v] = static_cast<uint8_t>(bits);
+      }
+    }
+    // What is left behind the last whole vector, where all share one scale.
+    if (block == 0 && threadIdx.x == 0 && numel % kByte != 0)
+      masked_byte(input, output, clipped, numel / kByte, numel, map);
+  }
+};
+
+// Blocks of two tensors in one launch: a layer quantizes its input and its weight at once.
+template <typename T, typename O>
+__global__ void __launch_bounds__(kQuantizeThreads, sizeof(T) == 2 && sizeof(O) == 1 ? 5 : 4)
+    masked_tiles_kernel(const __grid_constant__ TileJob<T, O> first,
+                        const __grid_constant__ TileJob<T, O> second) {
+  if (blockIdx.x < first.blocks) {
+    first.run(blockIdx.x);
+  } else {
+    second.run(blockIdx.x - first.blocks);
+  }
 }
 
 template <typename T, typename O>
@@ -90,74 +128,143 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     masked_byte(input, output, clipped, byte, numel, map);
 }
 
+constexpr const char* kQuantizeName = "quantize_masked";
+
 template <typename T, typename O>
-void run(const QuantizeArguments& a, O* output, uint8_t* clipped, void* stream) {
-  constexpr const char* kName = "quantize_masked";
-  if (a.numel == 0) return;
-  const auto* const input = static_cast<const T*>(a.input);
-  const DeviceMap map(a);
-  const bool vectors = (a.map.count == 1 || a.map.inner % kByte == 0) &&
-                       is_aligned(input, sizeof(T) * kByte) &&
-                       is_aligned(output, sizeof(O) * kByte);
-  if (vectors) {
-    const Tiles tiles(a.numel, a.map, kByte, kWarp);
-    launch(kName, masked_tile_kernel<T, O>,
-           grid_size(divide_up(tiles.count, kQuantizeWarps), kQuantizeBlocks), kQuantizeThreads,
-           stream, input, output, clipped, a.numel, tiles, map);
-    return;
-  }
+void run_bytes(const MaskedJob& job, void* stream) {
+  const QuantizeArguments& a = job.arguments;
   const int64_t blocks = divide_up(divide_up(a.numel, kByte), kQuantizeThreads);
-  launch(kName, masked_byte_kernel<T, O>, grid_size(blocks, kQuantizeBlocks), kQuantizeThreads,
-         stream, input, output, clipped, a.numel, map);
+  launch(kQuantizeName, masked_byte_kernel<T, O>, grid_size(blocks, kQuantizeBlocks),
+         kQuantizeThreads, stream, static_cast<const T*>(a.input),
+         static_cast<O*>(job.output.values), job.output.clipped, a.numel, DeviceMap(a));
 }
 
-// Elements are taken as integers of their size: the zero of each type has no bit set. Bits is what
-// a thread loads of the mask at a time.
-template <typename Element, typename Bits>
-__global__ void __launch_bounds__(kQuantizeThreads)
-    zero_clipped_kernel(const uint8_t* clipped, int64_t numel, Element* gradient) {
-  constexpr int kBits = 8 * sizeof(Bits);
-  const auto zero = [&](uint32_t bits, int64_t first) {
-    // Whatever the mask holds behind the last element, nothing is written there.
-    if (numel - first < 32) bits &= (1u << static_cast<int>(numel - first)) - 1;
+template <typename T, typename O>
+void run(const MaskedJob& first, const MaskedJob* second, void* stream) {
+  using Job = TileJob<T, O>;
+  if (!Job::fits(first) || (second && !Job::fits(*second))) {
+    for (const MaskedJob* job : {&first, second}) {
+      if (!job) continue;
+      if (Job::fits(*job)) {
+        run<T, O>(*job, nullptr, stream);
+      } else {
+        run_bytes<T, O>(*job, stream);
+      }
+    }
+    return;
+  }
+  const Job a(first);
+  Job b = second ? Job(*second) : a;
+  if (!second) b.blocks = 0;
+  launch(kQuantizeName, masked_tiles_kernel<T, O>, a.blocks + b.blocks, kQuantizeThreads, stream, a,
+         b);
+}
+
+// ---- Gradients ----------------------------------------------------------------------------------
+
+// Elements are taken as integers of their size: the zero of each type has no bit set.
+template <typename Element>
+struct ZeroJob {
+  static constexpr int kQuad = 16;  // bytes of the mask that a thread loads at a time
+
+  const uint8_t* clipped;
+  int64_t numel;
+  Element* gradient;
+  int64_t quads;  // whole ones of an aligned mask; the rest goes byte by byte
+  unsigned blocks;
+
+  explicit ZeroJob(const ClippedGradient& job)
+      : clipped(job.clipped),
+        numel(job.numel),
+        gradient(static_cast<Element*>(job.gradient)),
+        quads(is_aligned(clipped, kQuad) ? numel / (8 * kQuad) : 0) {
+    const int64_t loads = quads > 0 ? quads : divide_up(numel, 8);
+    blocks = grid_size(divide_up(loads, kQuantizeThreads), kQuantizeBlocks);
+  }
+
+  __device__ void zero(uint32_t bits, int64_t first) const {
     for (; bits != 0; bits &= bits - 1) gradient[first + __ffs(static_cast<int>(bits)) - 1] = 0;
-  };
-  const int64_t thread = int64_t{blockIdx.x} * kQuantizeThreads + threadIdx.x;
-  const int64_t bytes = (numel + 7) / 8, words = bytes / static_cast<int64_t>(sizeof(Bits));
-  for (int64_t w = thread; w < words; w += int64_t{gridDim.x} * kQuantizeThreads)
-    zero(reinterpret_cast<const Bits*>(clipped)[w], w * kBits);
-  if (const int64_t byte = words * static_cast<int64_t>(sizeof(Bits)) + thread; byte < bytes)
-    zero(clipped[byte], byte * 8);
+  }
+
+  __device__ void run(unsigned block) const {
+    const int64_t thread = int64_t{block} * kQuantizeThreads + threadIdx.x;
+    const int64_t step = int64_t{blocks} * kQuantizeThreads;
+    for (int64_t q = thread; q < quads; q += step) {
+      const uint4 bits = reinterpret_cast<const uint4*>(clipped)[q];
+      if ((bits.x | bits.y | bits.z | bits.w) == 0) continue;
+      const int64_t first = q * (8 * kQuad);
+      zero(bits.x, first);
+      zero(bits.y, first + 32);
+      zero(bits.z, first + 64);
+      zero(bits.w, first + 96);
+    }
+    for (int64_t byte = quads * kQuad + thread; byte * 8 < numel; byte += step) {
+      uint32_t bits = clipped[byte];
+      // Whatever the mask holds behind the last element, nothing is written there.
+      if (numel - byte * 8 < 8) bits &= (1u << static_cast<int>(numel - byte * 8)) - 1;
+      zero(bits, byte * 8);
+    }
+  }
+};
+
+template <typename Element>
+__global__ void __launch_bounds__(kQuantizeThreads)
+    zero_clipped_kernel(const __grid_constant__ ZeroJob<Element> first,
+                        const __grid_constant__ ZeroJob<Element> second) {
+  if (blockIdx.x < first.blocks) {
+    first.run(blockIdx.x);
+  } else {
+    second.run(blockIdx.x - first.blocks);
+  }
+}
+
+template <typename Element>
+void run_zero(const ClippedGradient& first, const ClippedGradient* second, void* stream) {
+  using Job = ZeroJob<Element>;
+  const Job a(first);
+  Job b = second ? Job(*second) : a;
+  if (!second) b.blocks = 0;
+  launch("zero_clipped_", zero_clipped_kernel<Element>, a.blocks + b.blocks, kQuantizeThreads,
+         stream, a, b);
 }
 
 }  // namespace
 
-void quantize_masked(const QuantizeArguments& a, const MaskedOutput& output, void* stream) {
-  with_element_type(a.input_type, [&]<typename T>(T*) {
-    if (!output.type) return run<T>(a, static_cast<int8_t*>(output.values), output.clipped, stream);
-    with_element_type(*output.type, [&]<typename O>(O*) {
-      run<T>(a, static_cast<O*>(output.values), output.clipped, stream);
-    });
+void quantize_masked(const MaskedJob& first, const MaskedJob* second, void* stream) {
+  if (second && second->arguments.numel == 0) second = nullptr;
+  if (first.arguments.numel == 0) {
+    if (second) quantize_masked(*second, nullptr, stream);
+    return;
+  }
+  const bool alike = !second || (second->arguments.input_type == first.arguments.input_type &&
+                                 second->output.type == first.output.type);
+  if (!alike) {
+    quantize_masked(first, nullptr, stream);
+    return quantize_masked(*second, nullptr, stream);
+  }
+  with_element_type(first.arguments.input_type, [&]<typename T>(T*) {
+    if (!first.output.type) return run<T, int8_t>(first, second, stream);
+    with_element_type(*first.output.type,
+                      [&]<typename O>(O*) { run<T, O>(first, second, stream); });
   });
 }
 
-void zero_clipped(const uint8_t* clipped, int64_t numel, ElementType type, void* gradient,
-                  void* stream) {
-  constexpr const char* kName = "zero_clipped_";
-  if (numel == 0) return;
-  with_flag(is_aligned(clipped, sizeof(uint32_t)), [&](auto words) {
-    using Bits = std::conditional_t<words.value, uint32_t, uint8_t>;
-    const int64_t tiles = divide_up(divide_up(numel, 8 * sizeof(Bits)), kQuantizeThreads);
-    const auto start = [&]<typename Element>(Element* elements) {
-      launch(kName, zero_clipped_kernel<Element, Bits>, grid_size(tiles, kQuantizeBlocks),
-             kQuantizeThreads, stream, clipped, numel, elements);
-    };
-    if (type == ElementType::f32) {
-      start(static_cast<uint32_t*>(gradient));
-    } else {
-      start(static_cast<uint16_t*>(gradient));
-    }
-  });
+void zero_clipped(const ClippedGradient& first, const ClippedGradient* second, void* stream) {
+  if (second && second->numel == 0) second = nullptr;
+  if (first.numel == 0) {
+    if (second) zero_clipped(*second, nullptr, stream);
+    return;
+  }
+  const auto is_wide = [](const ClippedGradient& job) { return job.type == ElementType::f32; };
+  if (second && is_wide(first) != is_wide(*second)) {
+    zero_clipped(first, nullptr, stream);
+    return zero_clipped(*second, nullptr, stream);
+  }
+  if (is_wide(first)) {
+    run_zero<uint32_t>(first, second, stream);
+  } else {
+    run_zero<uint16_t>(first, second, stream);
+  }
 }
 
 }  // namespace vernier::cuda

@@ -15,20 +15,33 @@ struct MaskedOutput {
   uint8_t* clipped = nullptr;       ///< [ceil(numel / 8)] or null: not wanted
 };
 
+struct MaskedJob {
+  QuantizeArguments arguments;
+  MaskedOutput output;
+};
+
+/// A gradient and the mask of what becomes zero.
+struct ClippedGradient {
+  const uint8_t* clipped = nullptr;  ///< [ceil(numel / 8)]
+  int64_t numel = 0;
+  ElementType type = ElementType::f32;
+  void* gradient = nullptr;
+};
+
 }  // namespace vernier
 
 namespace vernier::cpu {
 
-void quantize_masked(const QuantizeArguments& arguments, const MaskedOutput& output);
-void zero_clipped(const uint8_t* clipped, int64_t numel, ElementType type, void* gradient);
+void quantize_masked(const MaskedJob& job);
+void zero_clipped(const ClippedGradient& job);
 
 }  // namespace vernier::cpu
 
 namespace vernier::cuda {
 
 /// `stream` is a cudaStream_t. Each call only enqueues work; a launch that fails throws Error.
-void quantize_masked(const QuantizeArguments& arguments, const MaskedOutput& output, void* stream);
-void zero_clipped(const uint8_t* clipped, int64_t numel, ElementType type, void* gradient,
-                  void* stream);
+/// A second job that is null or empty is none.
+void quantize_masked(const MaskedJob& first, const MaskedJob* second, void* stream);
+void zero_clipped(const ClippedGradient& first, const ClippedGradient* second, void* stream);
 
 }  // namespace vernier::cuda

@@ -175,7 +175,7 @@ inline LinearResults run_fused(const LinearInputs& inputs, const LinearSetting& 
                                TrainedProduct product = TrainedProduct::real) {
   return train_once(inputs, setting,
                     [&](const auto& x, const auto& w, const auto& b, const auto& p, const auto& q) {
-                      return fake_quantized_linear(x, w, b, p, q, product);
+                      return fake_quantized_linear(x, w, b, p, q, product).output;
                     });
 }
 

@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <vernier/kernels/fake_quantize.h>
-#include <vernier/kernels/fp8.h>
 #include <vernier/kernels/linear_training.h>
 #include <vernier/kernels/masked_quantize.h>
 #include <vernier/kernels/quantize.h>
@@ -211,10 +210,10 @@ TEST(FakeQuantizedLinear, AccumulatesGradients) {
   const TrainedOperand input = setting.input_operand(one.x), weight = setting.weight_operand(w);
   Tensor expected_w = torch::zeros_like(one.w), expected_b = torch::zeros_like(*one.b);
   for (const LinearInputs* inputs : {&one, &two}) {
-    fake_quantized_linear(inputs->x, w, b, input, weight).backward(inputs->gradient);
+    fake_quantized_linear(inputs->x, w, b, input, weight).output.backward(inputs->gradient);
     const Tensor w2 = one.w.clone().set_requires_grad(true);
     const Tensor b2 = one.b->clone().set_requires_grad(true);
-    fake_quantized_linear(inputs->x, w2, b2, input, weight).backward(inputs->gradient);
+    fake_quantized_linear(inputs->x, w2, b2, input, weight).output.backward(inputs->gradient);
     expected_w += w2.grad();
     expected_b += b2.grad();
   }
@@ -262,7 +261,7 @@ TEST(FakeQuantizedLinear, ComputesTheGradientsThatAreAskedFor) {
     const Tensor x = inputs.x.clone().set_requires_grad(which == 0);
     const Tensor w = inputs.w.clone().set_requires_grad(which == 1);
     const Tensor b = inputs.b->clone().set_requires_grad(which == 2);
-    fake_quantized_linear(x, w, b, input, weight).backward(inputs.gradient);
+    fake_quantized_linear(x, w, b, input, weight).output.backward(inputs.gradient);
     const Tensor leaves[] = {x, w, b};
     for (int i = 0; i < 3; ++i) {
       EXPECT_EQ(leaves[i].grad().defined(), i == which);
@@ -274,13 +273,13 @@ TEST(FakeQuantizedLinear, ComputesTheGradientsThatAreAskedFor) {
   {
     const torch::NoGradGuard no_grad;
     const Tensor w = inputs.w.clone().set_requires_grad(true);
-    const Tensor y = fake_quantized_linear(inputs.x, w, inputs.b, input, weight);
+    const Tensor y = fake_quantized_linear(inputs.x, w, inputs.b, input, weight).output;
     EXPECT_FALSE(y.requires_grad());
     EXPECT_TRUE(same(y, all.tensors[0]));
   }
   const Tensor x = inputs.x.clone().set_requires_grad(true),
                w = inputs.w.clone().set_requires_grad(true);
-  const Tensor y = fake_quantized_linear(x, w, inputs.b, input, weight);
+  const Tensor y = fake_quantized_linear(x, w, inputs.b, input, weight).output;
   const auto only = torch::autograd::grad({y}, {w}, {inputs.gradient}, /*retain_graph=*/true);
   EXPECT_TRUE(same(only[0], all.tensors[2]));
   EXPECT_CONTAINS(message_of([&] {
@@ -298,7 +297,8 @@ TEST(FakeQuantizedLinear, SeesAChangeOfWhatALearnedScaleNeeds) {
   const LinearInputs inputs({6, 48}, 24, at::kFloat, false);
   const Tensor w = inputs.w.clone().set_requires_grad(true);
   const Tensor y = fake_quantized_linear(inputs.x, w, {}, setting.input_operand(inputs.x),
-                                         setting.weight_operand(inputs.w));
+                                         setting.weight_operand(inputs.w))
+                       .output;
   {
     const torch::NoGradGuard no_grad;
     w.add_(1);
@@ -306,15 +306,19 @@ TEST(FakeQuantizedLinear, SeesAChangeOfWhatALearnedScaleNeeds) {
   EXPECT_THROW(y.backward(inputs.gradient), c10::Error);
 }
 
-TEST(FakeQuantizedLinear, ComposesFp8) {
-  const LinearInputs inputs({6, 5, 48}, 24, at::kFloat, true);
-  LinearSetting setting;
-  setting.name = "e4m3";
-  setting.input = fp8_scheme(NumberFormat::e4m3);
-  setting.weight = fp8_scheme(NumberFormat::e4m3, Granularity::per_channel);
-  const LinearResults ours = run_fused(inputs, setting), theirs = run_composed(inputs, setting);
-  for (size_t i = 0; i < ours.names.size(); ++i)
-    EXPECT_TRUE(same(ours.tensors[i], theirs.tensors[i])) << ours.names[i];
+TEST(FakeQuantizedLinear, ReturnsTheScalesThatItFinds) {
+  const LinearInputs inputs({6, 48}, 24, at::kFloat, true);
+  const Scheme rows = symmetric_scheme(8, Granularity::per_token);
+  const Scheme channels = symmetric_scheme(4, Granularity::per_channel);
+  const Tensor given = torch::full({1}, 0.01f);
+  const TrainedLinear both =
+      fake_quantized_linear(inputs.x, inputs.w, inputs.b, {rows}, {channels});
+  EXPECT_TRUE(same(both.input_scale, per_token_scale(inputs.x, rows)));
+  EXPECT_TRUE(same(both.weight_scale, fake_quantize_dynamic(inputs.w, channels).second));
+  const TrainedLinear one =
+      fake_quantized_linear(inputs.x, inputs.w, inputs.b, {symmetric_scheme(8), given}, {channels});
+  EXPECT_FALSE(one.input_scale.defined());
+  EXPECT_TRUE(same(one.weight_scale, both.weight_scale));
 }
 
 TEST(FakeQuantizedLinear, RefusesWhatDoesNotFit) {
@@ -329,6 +333,8 @@ TEST(FakeQuantizedLinear, RefusesWhatDoesNotFit) {
   EXPECT_CONTAINS(message(x, torch::randn({4, 9}), {}, tensor, dynamic), "[out, in]");
   EXPECT_CONTAINS(message(x, w, torch::randn({5}), tensor, dynamic), "bias must have one element");
   EXPECT_CONTAINS(message(x, w, {}, dynamic, dynamic), "not per_channel");
+  EXPECT_CONTAINS(message(x, w, {}, {fp8_scheme(NumberFormat::e4m3), one}, dynamic),
+                  "integer schemes");
   EXPECT_CONTAINS(message(x, w.to(at::kBFloat16), {}, tensor, dynamic), "autocast");
   EXPECT_CONTAINS(message(x.to(at::kDouble), w, {}, tensor, dynamic), "input must be float32");
   EXPECT_CONTAINS(message(x, w, {}, {asymmetric_scheme(8)}, dynamic), "calibrated");

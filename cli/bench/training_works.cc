@@ -4,8 +4,7 @@
 #include <vernier/cli/bench/check.h>
 #include <vernier/cli/bench/work.h>
 #include <vernier/kernels/error.h>
-#include <vernier/kernels/fake_quantize.h>
-#include <vernier/kernels/linear_training.h>
+#include <vernier/qat/linear.h>
 
 #include <cmath>
 #include <memory>
@@ -17,27 +16,19 @@ using torch::Tensor;
 
 constexpr int64_t kQmax = 127;
 
-// ---- Quantized linear layers --------------------------------------------------------------------
+// ---- Linear layers ------------------------------------------------------------------------------
 
-// How a step's linear layers are quantized.
-enum class Scales {
-  given,           // one of the input, one a channel of the weight
-  learned,         // the same, learned
-  dynamic_weights  // the weight's from its channels' maxima
-};
-
-// A linear layer without bias and the quantizers of its operands.
+// A linear layer without bias and the scales of its operands.
 struct Layer {
-  Tensor weight;        // bfloat16 [out, in]
+  torch::nn::Linear plain;
   Tensor input_scale;   // float32 [1]
   Tensor weight_scale;  // float32 [out]
 
   Layer(int64_t out, int64_t in, torch::Device device)
-      : weight(torch::randn({out, in}, torch::dtype(torch::kBFloat16).device(device))
-                   .mul_(1 / std::sqrt(static_cast<double>(in)))
-                   .set_requires_grad(true)) {
+      : plain(torch::nn::LinearOptions(in, out).bias(false)) {
+    plain->to(device, torch::kBFloat16);
     // Clips the one or other of each row.
-    weight_scale = weight.detach().abs().amax(1).to(torch::kFloat).mul_(0.9 / kQmax);
+    weight_scale = plain->weight.detach().abs().amax(1).to(torch::kFloat).mul_(0.9 / kQmax);
   }
 
   // Clips what is beyond nine tenths of the largest.
@@ -47,67 +38,52 @@ struct Layer {
 };
 
 using Layers = std::vector<Layer>;
+using SharedLayers = std::shared_ptr<Layers>;
 // y = x * weight^T of the layer with this index, somehow quantized.
 using LinearFunction = std::function<Tensor(const Tensor& x, size_t layer)>;
 
-const Scheme& input_scheme() {
-  static const Scheme scheme = symmetric_scheme(8);
-  return scheme;
-}
-const Scheme& weight_scheme() {
-  static const Scheme scheme = symmetric_scheme(8, Granularity::per_channel);
-  return scheme;
+LinearFunction plain_layers(const SharedLayers& layers) {
+  return [layers](const Tensor& x, size_t i) { return (*layers)[i].plain->forward(x); };
 }
 
-// The operands' quantizers of each layer; learned scales are leaves of their own.
-struct Quantizers {
-  std::vector<TrainedOperand> input, weight;
-  Tensors learned;
+// Ours, on the same weights: eight bits, one scale of the input, one a channel of the weight.
+struct QuantizedLayers {
+  std::vector<nn::Linear> layers;
+  Tensors learned;  // scales
 
-  Quantizers(const Layers& layers, Scales scales, int64_t rows) {
-    for (const Layer& layer : layers) {
-      input.push_back({input_scheme(), layer.input_scale});
-      weight.push_back({weight_scheme(), layer.weight_scale});
-      if (scales == Scales::dynamic_weights) weight.back().scale.reset();
-      if (scales != Scales::learned) continue;
-      const int64_t in = layer.weight.size(1);
-      learn(input.back(), rows * in);
-      learn(weight.back(), in);
+  // `inputs` and `weights` say where scales come from.
+  QuantizedLayers(const Layers& plain, RangePolicy inputs, RangePolicy weights,
+                  TrainedProduct product) {
+    for (const Layer& layer : plain) {
+      nn::Linear quantized(*layer.plain);
+      quantized->trained_product = product;
+      const auto set = [&](QuantizerImpl& quantizer, RangePolicy policy, const Tensor& scale) {
+        QuantizerSettings settings = quantizer.settings();
+        settings.policy = policy;
+        quantizer.set_settings(settings);
+        if (policy != RangePolicy::following) quantizer.set_scale(scale, std::nullopt);
+        if (policy == RangePolicy::learned) learned.push_back(quantizer.scale());
+      };
+      set(*quantized->input_quantizer, inputs, layer.input_scale);
+      set(*quantized->weight_quantizer, weights, layer.weight_scale);
+      quantized->set_mode(Mode::fake_quant);
+      layers.push_back(quantized);
     }
-  }
-
- private:
-  void learn(TrainedOperand& operand, int64_t elements_per_scale) {
-    operand.scale = operand.scale->clone().set_requires_grad(true);
-    operand.gradient_scale = learned_gradient_scale(elements_per_scale, operand.scheme);
-    learned.push_back(*operand.scale);
   }
 };
 
-using SharedLayers = std::shared_ptr<const Layers>;
-using SharedQuantizers = std::shared_ptr<const Quantizers>;
+using SharedQuantized = std::shared_ptr<QuantizedLayers>;
 
-LinearFunction plain_layers(const SharedLayers& layers) {
-  return [layers](const Tensor& x, size_t i) { return torch::linear(x, (*layers)[i].weight); };
+LinearFunction quantized_layers(const SharedQuantized& ours) {
+  return [ours](const Tensor& x, size_t i) { return ours->layers[i]->forward(x); };
 }
 
-LinearFunction vernier_layers(const SharedLayers& layers, const SharedQuantizers& q,
-                              TrainedProduct product) {
-  return [=](const Tensor& x, size_t i) {
-    return fake_quantized_linear(x, (*layers)[i].weight, std::nullopt, q->input[i], q->weight[i],
-                                 product);
-  };
-}
-
-// The operations that ours stands for, one after the other.
-LinearFunction composed_layers(const SharedLayers& layers, const SharedQuantizers& q) {
-  const auto quantized = [](const Tensor& x, const TrainedOperand& o) {
-    if (!o.scale) return fake_quantize_dynamic(x, o.scheme).first;
-    if (!o.gradient_scale) return fake_quantize(x, *o.scale, o.zero_point, o.scheme);
-    return fake_quantize_learned(x, *o.scale, o.zero_point, o.scheme, 0, *o.gradient_scale);
-  };
-  return [=](const Tensor& x, size_t i) {
-    return torch::linear(quantized(x, q->input[i]), quantized((*layers)[i].weight, q->weight[i]));
+// The operations that a layer of ours stands for, one after the other.
+LinearFunction composed_layers(const SharedQuantized& ours) {
+  return [ours](const Tensor& x, size_t i) {
+    nn::LinearImpl& layer = *ours->layers[i];
+    return torch::linear(layer.input_quantizer->forward(x),
+                         layer.weight_quantizer->forward(layer.weight));
   };
 }
 
@@ -118,10 +94,11 @@ LinearFunction torch_layers(const SharedLayers& layers) {
     zeros->push_back(torch::zeros_like(layer.weight_scale, torch::kInt));
   return [=](const Tensor& x, size_t i) {
     const Layer& layer = (*layers)[i];
-    return torch::linear(torch::fake_quantize_per_tensor_affine(
-                             x, layer.input_scale, (*zeros)[i].slice(0, 0, 1), -kQmax, kQmax),
-                         torch::fake_quantize_per_channel_affine(layer.weight, layer.weight_scale,
-                                                                 (*zeros)[i], 0, -kQmax, kQmax));
+    return torch::linear(
+        torch::fake_quantize_per_tensor_affine(x, layer.input_scale, (*zeros)[i].slice(0, 0, 1),
+                                               -kQmax, kQmax),
+        torch::fake_quantize_per_channel_affine(layer.plain->weight, layer.weight_scale,
+                                                (*zeros)[i], 0, -kQmax, kQmax));
   };
 }
 
@@ -142,7 +119,7 @@ struct Training {
 Run step_of(const std::shared_ptr<const Training>& t, const LinearFunction& linear,
             const Tensors& learned = {}) {
   Tensors leaves = {t->x};
-  for (const Layer& layer : *t->layers) leaves.push_back(layer.weight);
+  for (const Layer& layer : *t->layers) leaves.push_back(layer.plain->weight);
   leaves.insert(leaves.end(), t->others.begin(), t->others.end());
   leaves.insert(leaves.end(), learned.begin(), learned.end());
   return [=](int64_t) mutable {
@@ -182,36 +159,34 @@ Case case_of(const std::shared_ptr<const Training>& t, double operations) {
   Case c;
   c.operations = operations;
   c.training = true;
-  const auto quantizers = [&](Scales scales) {
-    const int64_t rows = t->x.numel() / t->x.size(-1);
-    return std::make_shared<const Quantizers>(*t->layers, scales, rows);
-  };
-  const auto add = [&](const std::string& name, Scales scales, TrainedProduct product) {
-    const auto q = quantizers(scales);
+  const auto add = [&](const std::string& name, RangePolicy inputs, RangePolicy weights,
+                       TrainedProduct product) {
+    const auto ours = std::make_shared<QuantizedLayers>(*t->layers, inputs, weights, product);
     // Codes are multiplied exactly, and without rounding to bfloat16 first; what is left of a
     // scale's gradient, a small difference of large sums, can then be quite another.
     const bool codes = product == TrainedProduct::codes;
-    const double distance = codes ? 0.05 : 0.01;
-    const size_t but_last = codes ? q->learned.size() : 0;
     c.implementations.push_back(
         {name,
-         step_of(t, vernier_layers(t->layers, q, product), q->learned),
-         check_against(step_of(t, composed_layers(t->layers, q), q->learned), distance, but_last),
+         step_of(t, quantized_layers(ours), ours->learned),
+         check_against(step_of(t, composed_layers(ours), ours->learned), codes ? 0.05 : 0.01,
+                       codes ? ours->learned.size() : 0),
          {}});
   };
-  const auto fixed = quantizers(Scales::given);
-  const Run composition = step_of(t, composed_layers(t->layers, fixed));
+  constexpr RangePolicy kFrozen = RangePolicy::frozen, kLearned = RangePolicy::learned,
+                        kFollowing = RangePolicy::following;
+  const Run composition = step_of(t, composed_layers(std::make_shared<QuantizedLayers>(
+                                         *t->layers, kFrozen, kFrozen, TrainedProduct::real)));
   c.implementations.push_back({"plain bf16",
                                step_of(t, plain_layers(t->layers)),
                                // Eight bits are near enough to none to see the same function.
                                check_against(composition, 0.5),
                                {}});
-  add(kVernier, Scales::given, TrainedProduct::real);
-  add("vernier, learned scales", Scales::learned, TrainedProduct::real);
-  add("vernier, dynamic weights", Scales::dynamic_weights, TrainedProduct::real);
-  add("vernier, int8 forward", Scales::given, TrainedProduct::codes);
-  add("vernier, int8 forward, learned", Scales::learned, TrainedProduct::codes);
-  add("vernier, int8 forward, dynamic", Scales::dynamic_weights, TrainedProduct::codes);
+  add(kVernier, kFrozen, kFrozen, TrainedProduct::real);
+  add("vernier, learned scales", kLearned, kLearned, TrainedProduct::real);
+  add("vernier, following weights", kFrozen, kFollowing, TrainedProduct::real);
+  add("vernier, int8 forward", kFrozen, kFrozen, TrainedProduct::codes);
+  add("vernier, int8 forward, learned", kLearned, kLearned, TrainedProduct::codes);
+  add("vernier, int8 forward, following", kFrozen, kFollowing, TrainedProduct::codes);
   c.implementations.push_back(
       {"vernier, one by one", composition, check_against(composition, 1e-6), {}});
   c.add("torch fake_quantize", [&] {
@@ -268,7 +243,7 @@ Case prepare_qat_block(const Place& place, Shape shape) {
   layer(shape.n, shape.k);
   layer(shape.k, shape.n);
   double parameters = 0;
-  for (const Layer& l : *layers) parameters += static_cast<double>(l.weight.numel());
+  for (const Layer& l : *layers) parameters += static_cast<double>(l.plain->weight.numel());
 
   t->x = random_leaf({batch, tokens, shape.k}, place);
   t->gradient = random_leaf(t->x.sizes(), place).detach();
@@ -303,7 +278,7 @@ Case prepare_qat_block(const Place& place, Shape shape) {
   {
     const LinearFunction calibrating = [layers](const Tensor& x, size_t i) {
       (*layers)[i].calibrate(x);
-      return torch::linear(x, (*layers)[i].weight);
+      return (*layers)[i].plain->forward(x);
     };
     const torch::NoGradGuard no_grad;
     t->forward(t->x, calibrating);
