@@ -193,13 +193,13 @@ ForwardResult forward(const LinearCall& call, bool input_mask, bool weight_mask)
 
 // ---- Backward -----------------------------------------------------------------------------------
 
-using LearnedBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                           const Tensor&, const OptionalTensor&,
-                                                           int64_t, std::string_view, int64_t,
-                                                           int64_t, bool, double);
+// In place.
+using LearnedBackward = std::tuple<Tensor, Tensor>(Tensor&, const Tensor&, const Tensor&,
+                                                   const OptionalTensor&, int64_t, std::string_view,
+                                                   int64_t, int64_t, bool, double);
 auto& learned_backward_operator() {
   static const auto op =
-      operator_handle<LearnedBackward>("vernier::fake_quantize_learned_backward");
+      operator_handle<LearnedBackward>("vernier::fake_quantize_learned_backward_");
   return op;
 }
 
@@ -252,7 +252,7 @@ class SavedOperand {
       const Tensor original = as_matrix(original_.unpack());
       OptionalTensor zero_point;
       if (has_zero_point_) zero_point = zero_point_.unpack();
-      std::tie(gradient, result.scale, result.zero_point) = learned_backward_operator().call(
+      std::tie(result.scale, result.zero_point) = learned_backward_operator().call(
           gradient, original, scale_.unpack(), zero_point, scheme_.bits,
           to_string(scheme_.granularity), /*axis=*/0, scheme_.group_size, scheme_.narrow_range,
           *gradient_scale_);

@@ -94,12 +94,11 @@ struct Zeroing {
   }
 };
 
-Tensor& zero_clipped_kernel(Tensor& gradient, const Tensor& clipped) {
+void zero_clipped_kernel(Tensor& gradient, const Tensor& clipped) {
   const Zeroing zeroing(gradient, clipped);
   on_device_of(
       gradient, [&] { cpu::zero_clipped(zeroing.job); },
       [&](void* stream) { cuda::zero_clipped(zeroing.job, nullptr, stream); });
-  return gradient;
 }
 
 void zero_clipped_pair_kernel(Tensor& a, const Tensor& a_clipped, Tensor& b,
@@ -136,7 +135,7 @@ FourTensors quantize_masked_pair_meta(const Tensor& a, const Tensor& a_scale,
       quantize_masked_meta(a, a_scale, a_zero_point, 8, "", 0, 0, true, dtype, a_mask),
       quantize_masked_meta(b, b_scale, b_zero_point, 8, "", 0, 0, true, dtype, b_mask));
 }
-Tensor& zero_clipped_meta(Tensor& gradient, const Tensor&) { return gradient; }
+void zero_clipped_meta(Tensor&, const Tensor&) {}
 void zero_clipped_pair_meta(Tensor&, const Tensor&, Tensor&, const Tensor&) {}
 
 }  // namespace
@@ -152,7 +151,7 @@ TORCH_LIBRARY_FRAGMENT(vernier, m) {
       "bool a_narrow_range, bool a_mask, int b_bits, str b_granularity, int b_axis, int "
       "b_group_size, bool b_narrow_range, bool b_mask, ScalarType dtype) -> (Tensor a_output, "
       "Tensor a_clipped, Tensor b_output, Tensor b_clipped)");
-  m.def("zero_clipped_(Tensor(a!) gradient, Tensor clipped) -> Tensor(a!)");
+  m.def("zero_clipped_(Tensor(a!) gradient, Tensor clipped) -> ()");
   m.def("zero_clipped_pair_(Tensor(a!) a, Tensor a_clipped, Tensor(b!) b, Tensor b_clipped) -> ()");
 }
 
@@ -209,9 +208,9 @@ std::pair<MaskedQuantized, MaskedQuantized> quantize_masked(const MaskedOperand&
   return {{std::move(a_output), std::move(a_clipped)}, {std::move(b_output), std::move(b_clipped)}};
 }
 
-Tensor& zero_clipped_(Tensor& gradient, const Tensor& clipped) {
+void zero_clipped_(Tensor& gradient, const Tensor& clipped) {
   static const auto op = operator_handle<decltype(zero_clipped_kernel)>("vernier::zero_clipped_");
-  return op.call(gradient, clipped);
+  op.call(gradient, clipped);
 }
 
 void zero_clipped_(Tensor& first, const Tensor& first_clipped, Tensor& second,

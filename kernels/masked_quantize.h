@@ -45,7 +45,7 @@ std::pair<MaskedQuantized, MaskedQuantized> quantize_masked(const MaskedOperand&
 /// backward does, at the price of reading the mask and writing what it names. `gradient` is
 /// contiguous, float32, float16 or bfloat16; an empty mask names nothing. Throws Error when the
 /// sizes do not fit.
-at::Tensor& zero_clipped_(at::Tensor& gradient, const at::Tensor& clipped);
+void zero_clipped_(at::Tensor& gradient, const at::Tensor& clipped);
 
 /// The same of two gradients on one device, in one launch where that can be done.
 void zero_clipped_(at::Tensor& first, const at::Tensor& first_clipped, at::Tensor& second,
