@@ -79,6 +79,13 @@ void Observer::observe(const at::Tensor& values) {
   }
 }
 
+void Observer::add(const SiteStatistics& statistics) {
+  Slot& slot = slots_[thread_number() % slots_.size()];
+  const std::lock_guard lock(slot.mutex);
+  if (!slot.statistics) slot.statistics = std::make_unique<SiteStatistics>();
+  slot.statistics->merge(statistics);
+}
+
 SiteStatistics Observer::statistics() const {
   SiteStatistics sum;
   for (Slot& slot : slots_) {

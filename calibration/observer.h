@@ -31,6 +31,9 @@ class Observer {
   /// channels. Throws Error when the number of channels changes.
   void observe(const at::Tensor& values);
 
+  /// Adds what another observer saw, e.g. before a program was stopped.
+  void add(const SiteStatistics& statistics);
+
   /// Everything seen so far, by all threads. Throws Error when they saw different numbers of
   /// channels.
   SiteStatistics statistics() const;

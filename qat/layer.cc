@@ -196,7 +196,7 @@ QuantizerImpl::Codes QuantizedLayer::input_codes(size_t index, const Tensor& inp
 }
 
 Tensor QuantizedLayer::run(at::TensorList inputs) {
-  const Tensor output = naming(name_, [&] { return run_in_mode(inputs); });
+  const Tensor output = naming(layer_name_, [&] { return run_in_mode(inputs); });
   if (probe_) probe_(inputs.vec(), output);
   return output;
 }
@@ -284,7 +284,7 @@ void join_chains(const torch::nn::Module& model, const std::vector<NamedLayer>& 
     const auto producer = layer_named(model, layer->input_from());
     VERNIER_CHECK(producer->quantized() && producer->output_quantizer &&
                       producer->output_quantizer->calibrated(),
-                  "layer '", producer->name(), "': the output has no scale but '", name,
+                  "layer '", producer->layer_name(), "': the output has no scale but '", name,
                   "' is chained to it: calibrate the model after chaining its layers, and skip "
                   "both or none");
     QuantizerImpl& input = *layer->input_quantizer;
@@ -302,7 +302,7 @@ void join_chains(const torch::nn::Module& model, const std::vector<NamedLayer>& 
 
 void set_mode(const torch::nn::Module& model, Mode mode) {
   const auto layers = quantized_layers(model);
-  for (const auto& [name, layer] : layers) layer->set_name(name);
+  for (const auto& [name, layer] : layers) layer->set_layer_name(name);
   if (mode == Mode::integer) join_chains(model, layers);
   for (const auto& [name, layer] : layers)
     naming(name, [&, &layer = layer] { layer->set_mode(mode); });

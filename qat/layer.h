@@ -51,8 +51,8 @@ class QuantizedLayer {
   bool quantized() const { return quantized_; }
   void set_quantized(bool quantized);
   /// For errors; functions over a model set it to the name in the tree.
-  const std::string& name() const { return name_; }
-  void set_name(const std::string& name) { name_ = name; }
+  const std::string& layer_name() const { return layer_name_; }
+  void set_layer_name(const std::string& name) { layer_name_ = name; }
 
   /// fake_quant and integer need calibrated quantizers; integer makes the weight's codes anew.
   /// Throws Error where they are missing, the kernels lack the schemes or K could overflow the
@@ -108,6 +108,9 @@ class QuantizedLayer {
   /// has: chain() sets it.
   const std::string& input_from() const { return input_from_; }
   void set_input_from(const std::string& producer) { input_from_ = producer; }
+  /// Makes a batch norm that is folded into the layer use its running statistics from now on, in
+  /// training mode too, and leave them as they are.
+  virtual void freeze_batch_norm() {}
   /// The codes of an input: as it is where they arrive from a chain, else made of it.
   QuantizerImpl::Codes input_codes(size_t index, const torch::Tensor& input) const;
 
@@ -144,7 +147,7 @@ class QuantizedLayer {
 
   Mode mode_ = Mode::full;
   bool quantized_ = true;
-  std::string name_;
+  std::string layer_name_;
   Probe probe_;
   torch::Tensor weight_codes_;
   torch::Tensor weight_sum_;  // int32, one a channel: sums of int8 codes, for asymmetric inputs

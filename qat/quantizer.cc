@@ -155,12 +155,10 @@ void QuantizerImpl::load(torch::serialize::InputArchive& archive) {
   }
   const bool learned = settings.policy == RangePolicy::learned;
   Tensor scale, zero_point, average;
-  archive.read("scale", scale, /*is_buffer=*/true);
-  archive.read("zero_point", zero_point, /*is_buffer=*/true);
-  if (learned) {
-    archive.read("learned_scale", scale);
-    if (!scheme.symmetric) archive.read("learned_zero_point", zero_point);
-  }
+  archive.read(learned ? "learned_scale" : "scale", scale, /*is_buffer=*/!learned);
+  const bool learned_zero_point = learned && !scheme.symmetric;
+  archive.read(learned_zero_point ? "learned_zero_point" : "zero_point", zero_point,
+               /*is_buffer=*/!learned_zero_point);
   const bool asymmetric = zero_point.numel() > 0;
   VERNIER_CHECK(
       scheme.dynamic ? scale.numel() == 0 : scale.numel() > 0 && asymmetric == !scheme.symmetric,
@@ -206,7 +204,8 @@ void QuantizerImpl::set_policy(RangePolicy policy) {
   settings.policy = policy;
   settings.check();
   const Tensor scale = this->scale().detach().clone(), average = average_.clone();
-  const std::optional<Tensor> zero_point = this->zero_point();
+  std::optional<Tensor> zero_point = this->zero_point();
+  if (zero_point) zero_point = zero_point->clone();
   settings_ = settings;
   register_learned();
   clear();

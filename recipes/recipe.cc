@@ -1,4 +1,3 @@
-#include <fnmatch.h>
 #include <vernier/kernels/error.h>
 #include <vernier/recipes/builtin_recipes.h>
 #include <vernier/recipes/recipe.h>
@@ -49,33 +48,93 @@ class Fields {
   std::set<std::string> left_;
 };
 
+// `base`: what fields that are not given are.
 QuantizerSettings parse_settings(const YAML::Node& node, const std::string& where,
-                                 Granularity granularity) {
+                                 const QuantizerSettings& base) {
   Fields fields(node, where);
   QuantizerSettings settings;
   const NumberFormat format = number_format_from_string(
-      fields.get<std::string>("format", to_string(NumberFormat::integer)));
-  const int bits = fields.get("bits", 8);
-  granularity =
-      granularity_from_string(fields.get<std::string>("granularity", to_string(granularity)));
+      fields.get<std::string>("format", to_string(base.scheme.format)));
+  const int bits = fields.get("bits", base.scheme.bits);
+  const Granularity granularity = granularity_from_string(
+      fields.get<std::string>("granularity", to_string(base.scheme.granularity)));
   VERNIER_CHECK(bits >= 2 && bits <= 8, where, ": bits must be 2 to 8, not ", bits);
-  const bool symmetric = fields.get("symmetric", true);
-  settings.scheme = symmetric_scheme(bits, granularity, fields.get<int64_t>("group_size", 0));
-  settings.scheme.narrow_range = fields.get("narrow_range", settings.scheme.narrow_range);
+  const bool symmetric = fields.get("symmetric", base.scheme.symmetric);
+  settings.scheme =
+      symmetric_scheme(bits, granularity, fields.get<int64_t>("group_size", base.scheme.group_size));
+  const bool as_base = bits == base.scheme.bits && symmetric == base.scheme.symmetric;
+  settings.scheme.narrow_range = fields.get(
+      "narrow_range", as_base ? base.scheme.narrow_range : settings.scheme.narrow_range);
   settings.scheme.format = format;
   if (!symmetric) settings.scheme.symmetric = settings.scheme.narrow_range = false;
   settings.scheme.dynamic = granularity == Granularity::per_token;
-  settings.calibrator.method =
-      calibration_method_from_string(fields.get<std::string>("calibrator", "min_max"));
-  settings.calibrator.percentile = fields.get("percentile", settings.calibrator.percentile);
+  settings.calibrator.method = calibration_method_from_string(
+      fields.get<std::string>("calibrator", to_string(base.calibrator.method)));
+  settings.calibrator.percentile = fields.get("percentile", base.calibrator.percentile);
   VERNIER_CHECK(settings.calibrator.percentile > 0 && settings.calibrator.percentile <= 100, where,
                 ": percentile must be in (0, 100], not ", settings.calibrator.percentile);
   VERNIER_CHECK(
       !settings.scheme.is_fp8() || settings.calibrator.method != CalibrationMethod::entropy, where,
       ": the entropy calibrator is for int: use min_max, percentile or mse");
+  VERNIER_CHECK(settings.calibrator.method != CalibrationMethod::lsq ||
+                    (symmetric && !settings.scheme.is_fp8()),
+                where, ": the lsq calibrator is for symmetric int: use min_max, percentile or mse");
+  settings.policy =
+      range_policy_from_string(fields.get<std::string>("ranges", to_string(base.policy)));
+  settings.averaging = fields.get("averaging", base.averaging);
   fields.done();
-  settings.scheme.check();
+  try {
+    settings.check();
+  } catch (const Error& error) {
+    throw Error(concat(where, ": ", error.what()));
+  }
   return settings;
+}
+
+// Throws Error where the integer kernels could not run a layer of such settings.
+void check_runs(const QuantizerSettings& weights, const QuantizerSettings& activations,
+                const std::string& where) {
+  const Granularity rows = weights.scheme.granularity, inputs = activations.scheme.granularity;
+  VERNIER_CHECK(weights.scheme.symmetric &&
+                    (rows == Granularity::per_channel || rows == Granularity::per_tensor),
+                where, ": weights must be symmetric and per_channel or per_tensor");
+  VERNIER_CHECK(inputs == Granularity::per_tensor || inputs == Granularity::per_token, where,
+                ": activations must be per_tensor (static) or per_token (dynamic)");
+  VERNIER_CHECK(weights.scheme.is_fp8() == activations.scheme.is_fp8(), where,
+                ": weights and activations must both be int or both e4m3 or e5m2");
+}
+
+EndLayers parse_first_last(const std::string& text, const std::string& source) {
+  if (text.empty()) return EndLayers::as_others;
+  if (text == "8") return EndLayers::bits8;
+  VERNIER_CHECK(text == "float", source, ": first_last must be 8 or float, not '", text, "'");
+  return EndLayers::full;
+}
+
+std::vector<LayerRule> parse_rules(const YAML::Node& node, const Recipe& recipe,
+                                   const std::string& source) {
+  std::vector<LayerRule> rules;
+  if (!node) return rules;
+  VERNIER_CHECK(node.IsSequence(), source, ": rules must be a list");
+  for (const YAML::Node& item : node) {
+    const std::string where = concat(source, ": rule ", rules.size() + 1);
+    Fields fields(item, where);
+    LayerRule rule;
+    rule.match = fields.get<std::string>("match", rule.match);
+    rule.type = fields.get<std::string>("type", "");
+    rule.quantize = fields.get("quantize", true);
+    if (const YAML::Node weights = fields.node("weights"))
+      rule.weights = parse_settings(weights, where + ": weights", recipe.weights);
+    if (const YAML::Node activations = fields.node("activations"))
+      rule.activations = parse_settings(activations, where + ": activations", recipe.activations);
+    fields.done();
+    VERNIER_CHECK(rule.match != "*" || !rule.type.empty(), where,
+                  " matches every layer: give a name to 'match' or a 'type'");
+    check_runs(rule.weights.value_or(recipe.weights),
+               rule.activations.value_or(recipe.activations), where);
+    rules.push_back(std::move(rule));
+  }
+  return rules;
 }
 
 std::string known_names() {
@@ -108,19 +167,15 @@ Recipe parse_recipe(const std::string& yaml, const std::string& source) {
     recipe.skip = fields.get<std::vector<std::string>>("skip", {});
     const YAML::Node weights = fields.node("weights"), activations = fields.node("activations");
     VERNIER_CHECK(weights && activations, source, " needs both 'weights' and 'activations'");
-    recipe.weights = parse_settings(weights, source + ": weights", Granularity::per_channel);
-    recipe.activations =
-        parse_settings(activations, source + ": activations", Granularity::per_tensor);
+    QuantizerSettings base;
+    base.scheme = symmetric_scheme(8, Granularity::per_channel);
+    recipe.weights = parse_settings(weights, source + ": weights", base);
+    base.scheme = symmetric_scheme(8, Granularity::per_tensor);
+    recipe.activations = parse_settings(activations, source + ": activations", base);
+    check_runs(recipe.weights, recipe.activations, source);
+    recipe.first_last = parse_first_last(fields.get<std::string>("first_last", ""), source);
+    recipe.rules = parse_rules(fields.node("rules"), recipe, source);
     fields.done();
-    VERNIER_CHECK(recipe.weights.scheme.symmetric &&
-                      (recipe.weights.scheme.granularity == Granularity::per_channel ||
-                       recipe.weights.scheme.granularity == Granularity::per_tensor),
-                  source, ": weights must be symmetric and per_channel or per_tensor");
-    VERNIER_CHECK(recipe.activations.scheme.granularity == Granularity::per_tensor ||
-                      recipe.activations.scheme.granularity == Granularity::per_token,
-                  source, ": activations must be per_tensor (static) or per_token (dynamic)");
-    VERNIER_CHECK(recipe.weights.scheme.is_fp8() == recipe.activations.scheme.is_fp8(), source,
-                  ": weights and activations must both be int or both e4m3 or e5m2");
     return recipe;
   } catch (const YAML::Exception& error) {
     throw Error(concat(source, ": ", error.what()));
@@ -144,25 +199,11 @@ Recipe load_recipe(const std::string& name_or_path) {
 }
 
 void apply_recipe(const torch::nn::Module& model, const Recipe& recipe) {
-  const std::vector<NamedLayer> layers = quantized_layers(model);
-  std::set<std::string> unmatched(recipe.skip.begin(), recipe.skip.end());
-  for (const auto& [name, layer] : layers) {
-    bool skipped = false;
-    for (const std::string& pattern : recipe.skip) {
-      if (fnmatch(pattern.c_str(), name.c_str(), 0) != 0) continue;
-      skipped = true;
-      unmatched.erase(pattern);
-    }
-    layer->set_mode(Mode::full);
-    layer->set_quantized(!skipped);
-    layer->set_name(name);
-    for (const auto& item : layer->quantizers())
-      item.quantizer->set_settings(
-          item.quantizer->operand() == Operand::weight ? recipe.weights : recipe.activations);
+  try {
+    apply_rules(model, recipe);
+  } catch (const Error& error) {
+    throw Error(concat("recipe ", recipe.name, ": ", error.what()));
   }
-  VERNIER_CHECK(unmatched.empty(), "recipe ", recipe.name, ": skip '", *unmatched.begin(),
-                "' matches no layer; layers are named like '",
-                layers.empty() ? "" : layers.front().name, "'");
 }
 
 void check_statistics(const ModelStatistics& statistics) {

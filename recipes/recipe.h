@@ -2,7 +2,7 @@
 #pragma once
 
 #include <vernier/calibration/statistics_file.h>
-#include <vernier/qat/layer.h>
+#include <vernier/qat/prepare.h>
 
 #include <string>
 #include <vector>
@@ -11,20 +11,20 @@ namespace vernier {
 
 /// How the layers of a model are quantized. As YAML (docs/recipes.md):
 ///
-///     name: w8a8-static
+///     name: w4a8
 ///     description: one line
-///     weights:     {bits: 8, granularity: per_channel, calibrator: mse}
+///     weights:     {bits: 4, granularity: per_channel, calibrator: mse, ranges: learned}
 ///     activations: {bits: 8, granularity: per_tensor, symmetric: false, calibrator: percentile,
-///     percentile: 99.99} skip: ["lm_head", "*.pooler.*"]        # names that stay in full
-///     precision, * and ? as in a shell
+///                   percentile: 99.99}
+///     skip: ["lm_head", "*.pooler.*"]   # names that stay in full precision, * and ? as in a shell
+///     first_last: 8                     # or float: what the first and the last layer get
+///     rules:                            # exceptions by name and type; the first that matches
+///       - {match: "*.attention.*", type: Linear, weights: {bits: 8}}
 ///
 /// `format: e4m3` or `e5m2` in place of `bits` makes FP8 codes, of weights and activations both.
-struct Recipe {
+struct Recipe : QuantizationRules {
   std::string name;
   std::string description;
-  QuantizerSettings weights;
-  QuantizerSettings activations;
-  std::vector<std::string> skip;
 };
 
 /// Names of the built-in recipes.
@@ -38,8 +38,8 @@ Recipe load_recipe(const std::string& name_or_path);
 /// The recipe written in YAML; `source` names it in errors.
 Recipe parse_recipe(const std::string& yaml, const std::string& source);
 
-/// Gives every layer its settings, forgetting scales; skipped layers stay in full precision. Throws
-/// Error when a pattern of `skip` matches no layer.
+/// Gives every layer its settings (apply_rules). Throws Error, naming the recipe, when a pattern of
+/// `skip` or a rule matches no layer.
 void apply_recipe(const torch::nn::Module& model, const Recipe& recipe);
 
 /// Chooses all scales of a model to which a recipe was applied: weights from themselves, static
