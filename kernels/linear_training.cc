@@ -211,20 +211,24 @@ struct OperandGradients {
 // One operand as the backward keeps it.
 class SavedOperand {
  public:
-  void save(const Tensor& original, const TrainedOperand& q, const QuantizedOperand& quantized) {
+  // `values`: the other operand's gradient, which is made of them, is wanted.
+  void save(const Tensor& original, const TrainedOperand& q, const QuantizedOperand& quantized,
+            bool values) {
     scheme_ = q.scheme;
     gradient_scale_ = q.gradient_scale;
     dtype_ = original.scalar_type();
     sizes_ = original.sizes().vec();
-    values_ = SavedVariable(quantized.values, /*is_output=*/false);
+    if (values) values_ = SavedVariable(quantized.values, /*is_output=*/false);
     is_codes_ = quantized.values.scalar_type() == at::kChar;
     has_mask_ = quantized.clipped.defined() && quantized.clipped.numel() > 0;
     if (has_mask_) clipped_ = SavedVariable(quantized.clipped, false);
-    if (is_codes_ || gradient_scale_) scale_ = SavedVariable(quantized.scale, false);
+    // What is not learned may be given other memory before the backward comes.
+    const auto own = [&](const Tensor& t) { return gradient_scale_ ? t : t.detach(); };
+    if (is_codes_ || gradient_scale_) scale_ = SavedVariable(own(quantized.scale), false);
     // Of a learned zero point the float one, from which the backward makes the other again.
     has_zero_point_ = quantized.zero_point.has_value();
     if (has_zero_point_ && is_codes_)
-      integer_zero_point_ = SavedVariable(quantized.zero_point, false);
+      integer_zero_point_ = SavedVariable(own(*quantized.zero_point), false);
     if (gradient_scale_) {
       original_ = SavedVariable(original, false);
       if (has_zero_point_) zero_point_ = SavedVariable(q.zero_point, false);
@@ -296,8 +300,13 @@ class FakeQuantizedLinearBackward : public torch::autograd::Node {
   void save(const LinearCall& call, const ForwardResult& result) {
     dtype_ = call.dtype;
     if (call.bias) bias_dtype_ = call.bias->scalar_type();
-    input_.save(call.input, call.input_quantizer, result.input);
-    weight_.save(call.weight, call.weight_quantizer, result.weight);
+    const auto wanted_at_all = [&](Edge a, Edge b, Edge c) {
+      return should_compute_output(a) || should_compute_output(b) || should_compute_output(c);
+    };
+    input_.save(call.input, call.input_quantizer, result.input,
+                wanted_at_all(kWeight, kWeightScale, kWeightZeroPoint));
+    weight_.save(call.weight, call.weight_quantizer, result.weight,
+                 wanted_at_all(kInput, kInputScale, kInputZeroPoint));
   }
 
   variable_list apply(variable_list&& gradients) override {

@@ -166,19 +166,23 @@ void run(const MaskedJob& first, const MaskedJob* second, void* stream) {
 template <typename Element>
 struct ZeroJob {
   static constexpr int kQuad = 16;  // bytes of the mask that a thread loads at a time
+  // Elements of a warp's quads, 4096 in all, from which on it is cheaper to rewrite whole vectors.
+  static constexpr unsigned kMany = 96;
 
   const uint8_t* clipped;
   int64_t numel;
   Element* gradient;
-  int64_t quads;  // whole ones of an aligned mask; the rest goes byte by byte
+  int64_t quads;  // whole ones of aligned operands; the rest goes byte by byte
   unsigned blocks;
 
   explicit ZeroJob(const ClippedGradient& job)
       : clipped(job.clipped),
         numel(job.numel),
         gradient(static_cast<Element*>(job.gradient)),
-        quads(is_aligned(clipped, kQuad) ? numel / (8 * kQuad) : 0) {
-    const int64_t loads = quads > 0 ? quads : divide_up(numel, 8);
+        quads(is_aligned(clipped, kQuad) && is_aligned(gradient, sizeof(Element) * kByte)
+                  ? numel / (kByte * kQuad)
+                  : 0) {
+    const int64_t loads = quads > 0 ? quads : divide_up(numel, kByte);
     blocks = grid_size(divide_up(loads, kQuantizeThreads), kQuantizeBlocks);
   }
 
@@ -186,23 +190,43 @@ struct ZeroJob {
     for (; bits != 0; bits &= bits - 1) gradient[first + __ffs(static_cast<int>(bits)) - 1] = 0;
   }
 
-  __device__ void run(unsigned block) const {
-    const int64_t thread = int64_t{block} * kQuantizeThreads + threadIdx.x;
-    const int64_t step = int64_t{blocks} * kQuantizeThreads;
-    for (int64_t q = thread; q < quads; q += step) {
-      const uint4 bits = reinterpret_cast<const uint4*>(clipped)[q];
-      if ((bits.x | bits.y | bits.z | bits.w) == 0) continue;
-      const int64_t first = q * (8 * kQuad);
+  // The quads of a warp, from number `base` on.
+  __device__ void run_quads(int64_t base, int lane) const {
+    const int64_t quad = base + lane;
+    uint4 bits = {};
+    if (quad < quads) bits = reinterpret_cast<const uint4*>(clipped)[quad];
+    const int mine = __popc(bits.x) + __popc(bits.y) + __popc(bits.z) + __popc(bits.w);
+    const unsigned all = __reduce_add_sync(kFullWarp, static_cast<unsigned>(mine));
+    if (all >= kMany) {
+      const int64_t end = min(quads - base, int64_t{kWarp}) * kQuad;
+#pragma unroll 4
+      for (int64_t byte = lane; byte < end; byte += kWarp) {
+        const uint32_t eight = clipped[base * kQuad + byte];
+        if (eight == 0) continue;
+        Element* const g = gradient + (base * kQuad + byte) * kByte;
+        store_pack(g, passed_gradient<Element, kByte>(
+                          load_pack<kByte>(g), [&](int j) { return (eight >> j & 1) == 0; }));
+      }
+    } else if (mine > 0) {
+      const int64_t first = quad * (kByte * kQuad);
       zero(bits.x, first);
       zero(bits.y, first + 32);
       zero(bits.z, first + 64);
       zero(bits.w, first + 96);
     }
-    for (int64_t byte = quads * kQuad + thread; byte * 8 < numel; byte += step) {
+  }
+
+  __device__ void run(unsigned block) const {
+    const int64_t thread = int64_t{block} * kQuantizeThreads + threadIdx.x;
+    const int64_t step = int64_t{blocks} * kQuantizeThreads;
+    const int lane = threadIdx.x % kWarp;
+    for (int64_t base = thread - lane; base < quads; base += step) run_quads(base, lane);
+    for (int64_t byte = quads * kQuad + thread; byte * kByte < numel; byte += step) {
       uint32_t bits = clipped[byte];
       // Whatever the mask holds behind the last element, nothing is written there.
-      if (numel - byte * 8 < 8) bits &= (1u << static_cast<int>(numel - byte * 8)) - 1;
-      zero(bits, byte * 8);
+      const int64_t left = numel - byte * kByte;
+      if (left < kByte) bits &= (1u << static_cast<int>(left)) - 1;
+      zero(bits, byte * kByte);
     }
   }
 };

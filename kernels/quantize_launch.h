@@ -94,6 +94,24 @@ __device__ Pack<int8_t, V> pack_codes(const Vector<float, V>& code, const Grids&
   return y;
 }
 
+/// The gradients of the elements j for which passes(j), zero for the others.
+template <typename T, int V, typename Passes>
+__device__ Pack<T, V> passed_gradient(const Pack<T, V>& gradient, const Passes& passes) {
+  using Word = typename Pack<T, V>::Word;
+  constexpr int kPerWord = V / Pack<T, V>::kWords;
+  constexpr int kBits = 8 * sizeof(T);
+  Pack<T, V> passed;
+#pragma unroll
+  for (int w = 0; w < Pack<T, V>::kWords; ++w) {
+    uint32_t mask = 0;
+#pragma unroll
+    for (int j = 0; j < kPerWord; ++j)
+      mask |= passes(w * kPerWord + j) ? ~uint32_t{0} >> (32 - kBits) << (kBits * j) : 0;
+    passed.words[w] = gradient.words[w] & static_cast<Word>(mask);
+  }
+  return passed;
+}
+
 /// Operations: output = operation(x, gradient, grid), or operation.element(...) for one element
 /// whose scale is used once. Those without a gradient are passed x twice.
 template <typename T>

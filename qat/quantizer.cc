@@ -376,9 +376,8 @@ TrainedOperand QuantizerImpl::operand(const Tensor& values) {
     return operand;
   }
   if (settings_.policy == RangePolicy::moving_average && is_training()) update_average(values);
-  // Their own handles, which keep what this forward used.
-  operand.scale = scale_.detach();
-  if (asymmetric) operand.zero_point = zero_point_.detach();
+  operand.scale = scale_;
+  if (asymmetric) operand.zero_point = zero_point_;
   return operand;
 }
 
@@ -392,7 +391,12 @@ Tensor QuantizerImpl::forward(const Tensor& values) {
   if (used.gradient_scale)
     return fake_quantize_learned(values, *used.scale, used.zero_point, scheme, axis_,
                                  *used.gradient_scale);
-  if (used.scale) return fake_quantize(values, *used.scale, used.zero_point, scheme, axis_);
+  if (used.scale) {
+    // Their own handles, which keep what this forward used.
+    std::optional<Tensor> zero_point;
+    if (used.zero_point) zero_point = used.zero_point->detach();
+    return fake_quantize(values, used.scale->detach(), zero_point, scheme, axis_);
+  }
   // The scale follows the data but is a constant to the gradient, as everywhere with dynamic
   // quantization.
   Tensor output, scale;

@@ -41,7 +41,8 @@ nlohmann::ordered_json to_json(const Report& report);
 void print(const Report& report);
 
 /// Writes the pictures into an existing folder and returns their names: the speed-up by shape of
-/// every work, the time breakdown of quantize_gemm, what was reached of the hardware's roof.
+/// every work, the time breakdown of quantize_gemm, what was reached of the hardware's roof, the
+/// memory of training steps.
 std::vector<std::string> write_pictures(const Report& report, const std::filesystem::path& folder);
 
 }  // namespace vernier::bench
