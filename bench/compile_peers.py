@@ -4,8 +4,9 @@
     python bench/compile_peers.py --library build/lib/libvernier.so [--rows 8192] [--columns 8192] [--out rows.json]
 
 Needs PyTorch 2.11 with CUDA and Triton. Prints one JSON object as `vernier bench --json` does: device, versions, date, and
-rows of {work, shape, implementation, us, gbs, speedup}; speedup is over a copy of as many bytes in the same run. A result is
-compared with the eager one before it is timed; a wrong one is reported on stderr, left out, and makes the exit code 1.
+rows of {work, shape, implementation, us, gbs, speedup}; speedup is over a copy of as many bytes in the same run, of training
+steps (qat_linear) over the plain layer. A result is compared with the eager one before it is timed; a wrong one is reported on
+stderr, left out, and makes the exit code 1.
 """
 
 import argparse
@@ -52,6 +53,25 @@ def norm_and_quantize(x, weight, bias):
     return quantize_rows(F.layer_norm(x, (x.shape[-1],), weight, bias))
 
 
+class FakeQuantize(torch.autograd.Function):
+    """With the straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        code = torch.round(x.float() / scale)
+        ctx.save_for_backward(code.abs() <= QMAX)
+        return (code.clamp(-QMAX, QMAX) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (inside,) = ctx.saved_tensors
+        return torch.where(inside, gradient, torch.zeros_like(gradient)), None
+
+
+def quantized_linear(x, weight, x_scale, weight_scale):
+    return F.linear(FakeQuantize.apply(x, x_scale), FakeQuantize.apply(weight, weight_scale))
+
+
 # ---- Timing ---------------------------------------------------------------------------------------------------------------------
 def graph_of(function, sets):
     """A CUDA graph of calls on every set, and their number. The inputs are larger than the L2 together."""
@@ -87,6 +107,28 @@ def measure(graphs, rounds):
     return [statistics.median(samples) for samples in times]
 
 
+def measure_launched(steps, rounds):
+    """Median microseconds of a step of each, launched one by one as a training loop does: the host takes part."""
+
+    def time_of(step, calls):
+        for _ in range(calls):  # keeps the GPU busy while the host enqueues the timed ones
+            step()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / calls
+
+    calls = [max(1, round(10000 / min(time_of(step, 3) for _ in range(3)))) for step in steps]
+    times = [[] for _ in steps]
+    for _ in range(rounds):
+        for step, count, samples in zip(steps, calls, times):
+            samples.append(time_of(step, count))
+    return [statistics.median(samples) for samples in times]
+
+
 # ---- Comparing ------------------------------------------------------------------------------------------------------------------
 def as_tuple(outputs):
     return outputs if isinstance(outputs, (tuple, list)) else (outputs,)
@@ -102,6 +144,53 @@ def wrong(outputs, expected, step):
         if outside.any():
             return f"{int(outside.sum())} of {want.numel()} elements differ"
     return ""
+
+
+@torch.enable_grad()
+def training_rows(shapes, rounds):
+    """Forward, backward and gradients dropped of one linear layer, 8 bits, given scales; rows, and whether one was wrong."""
+    rows, failed = [], False
+    for m, k, n in shapes:
+        new = lambda *sizes: torch.randn(*sizes, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+        x, weight, gradient = new(m, k).requires_grad_(), (new(n, k) / math.sqrt(k)).requires_grad_(), new(m, n)
+        x_scale = (x.detach().abs().max().float() * (0.9 / QMAX)).reshape(1)
+        weight_scale = weight.detach().abs().amax(1, keepdim=True).float() * (0.9 / QMAX)
+        flat = weight_scale.flatten()
+        compiled = torch.compile(quantized_linear, dynamic=False)
+        ours = torch.ops.vernier.fake_quantized_linear
+
+        def step_of(forward):
+            def step():
+                forward().backward(gradient)
+                gradients = x.grad, weight.grad
+                x.grad = weight.grad = None
+                return gradients
+
+            return step
+
+        steps = {
+            "plain bf16": step_of(lambda: F.linear(x, weight)),
+            "vernier": step_of(lambda: ours(x, weight, None, x_scale, None, flat)[0]),
+            "vernier, int8 forward": step_of(lambda: ours(x, weight, None, x_scale, None, flat, product_of_codes=True)[0]),
+            "eager": step_of(lambda: quantized_linear(x, weight, x_scale, weight_scale)),
+            "torch.compile": step_of(lambda: compiled(x, weight, x_scale, weight_scale)),
+        }
+        expected, right = steps["eager"](), {}
+        for name, step in steps.items():
+            apart = max(float((g.float() - e.float()).norm() / e.float().norm()) for g, e in zip(step(), expected))
+            # The plain layer is another function; a code next to the middle between two may be either.
+            if apart > (0.5 if name == "plain bf16" else 0.01):
+                failed = True
+                print(f"WRONG: qat_linear {m}x{k}x{n}, {name}: gradients are {apart} of their length apart", file=sys.stderr)
+                continue
+            right[name] = step
+        times = dict(zip(right, measure_launched(list(right.values()), rounds)))
+        for name, us in times.items():
+            rows.append({"work": "qat_linear", "shape": f"{m}x{k}x{n}", "implementation": name, "us": round(us, 3),
+                         "speedup": round(times["plain bf16"] / us, 3)})
+            print(f"qat_linear {m}x{k}x{n}, {name}: {us:.1f} us, {us / times['plain bf16']:.3f} of the plain layer's time",
+                  file=sys.stderr)
+    return rows, failed
 
 
 def main():
@@ -185,6 +274,10 @@ def main():
                          "gbs": round(total / us * 1e-3, 3), "speedup": round(times[0] / us, 3)})
             print(f"{work} {shape}, {name}: {us:.1f} us, {times[0] / us:.2f} of a copy", file=sys.stderr)
         del graphs, sources, expected
+
+    more, wrong_steps = training_rows([(8192, 4096, 14336), (8192, 4096, 4096), (2048, 2048, 2048)], options.rounds)
+    rows += more
+    failed |= wrong_steps
 
     report = {
         "device": torch.cuda.get_device_name(),

@@ -21,6 +21,12 @@ struct Options {
   double seconds = 0.2;
 };
 
+// A name is that of a work, or what the names of several begin with: qat for qat_linear and
+// qat_block.
+bool is_named(const Work& work, const std::string& name) {
+  return work.name == name || work.name.starts_with(name + "_");
+}
+
 std::string names_of_works() {
   std::string names;
   for (const Work& work : bench::works())
@@ -37,14 +43,15 @@ std::vector<Task> tasks(const Options& options, const bench::Place& place) {
   for (const std::string& name : options.works) {
     const auto& works = bench::works();
     VERNIER_CHECK(std::any_of(works.begin(), works.end(),
-                              [&](const Work& work) { return work.name == name; }),
+                              [&](const Work& work) { return is_named(work, name); }),
                   "unknown work '", name, "': use ", names_of_works());
   }
   std::vector<Shape> asked;
   for (const std::string& text : options.shapes) asked.push_back(bench::parse_shape(text));
   std::vector<Task> tasks;
   for (const Work& work : bench::works()) {
-    const bool named = std::count(options.works.begin(), options.works.end(), work.name) > 0;
+    const bool named = std::any_of(options.works.begin(), options.works.end(),
+                                   [&](const std::string& name) { return is_named(work, name); });
     if (!named && !options.works.empty()) continue;
     if (work.needs_cuda && !place.cuda()) {
       VERNIER_CHECK(!named, work.name, " needs a GPU: use --device cuda");

@@ -73,15 +73,6 @@ std::tuple<Tensor, Tensor> fake_quantize_dynamic_kernel(const Tensor& input, int
   return {output, scale};
 }
 
-// The zero point that is used of one that is learned.
-OptionalTensor integer_zero_point(const OptionalTensor& zero_point, const Scheme& scheme) {
-  if (!zero_point || zero_point->scalar_type() == at::kInt) return zero_point;
-  VERNIER_CHECK(zero_point->scalar_type() == at::kFloat,
-                "zero_point must be int32, or float32 to be learned, not ",
-                c10::toString(zero_point->scalar_type()));
-  return zero_point->round().clamp(scheme.qmin(), scheme.qmax()).to(at::kInt);
-}
-
 Tensor fake_quantize_learned_kernel(const Tensor& input, const Tensor& scale,
                                     const OptionalTensor& zero_point, int64_t bits,
                                     std::string_view granularity, int64_t axis, int64_t group_size,
@@ -92,19 +83,15 @@ Tensor fake_quantize_learned_kernel(const Tensor& input, const Tensor& scale,
                               granularity, axis, group_size, narrow_range);
 }
 
-std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward_kernel(
-    const Tensor& gradient, const Tensor& input, const Tensor& scale,
-    const OptionalTensor& zero_point, int64_t bits, std::string_view granularity, int64_t axis,
-    int64_t group_size, bool narrow_range, double gradient_scale) {
-  const Scheme scheme =
-      scheme_from_arguments(!zero_point, bits, granularity, group_size, narrow_range);
-  check_gradient(gradient, input);
+// Writes the input's gradient to `output`, which may be `gradient`; returns the others.
+std::tuple<Tensor, Tensor> learned_backward(const Tensor& gradient, const Tensor& input,
+                                            const Tensor& scale, const OptionalTensor& zero_point,
+                                            const Scheme& scheme, int64_t axis,
+                                            double gradient_scale, const Tensor& output) {
   const bool learns_zero_point = zero_point && zero_point->scalar_type() == at::kFloat;
   const Prepared p(input, element_type_of(input.scalar_type(), "input"), scale,
                    integer_zero_point(zero_point, scheme), scheme, axis);
-  const Tensor dense = gradient.contiguous();
-  const void* grad = dense.const_data_ptr();
-  Tensor output = at::empty(input.sizes(), input.options());
+  const void* grad = gradient.const_data_ptr();
   Tensor scale_gradient = at::empty(scale.sizes(), scale.options());
   Tensor zero_point_gradient = learns_zero_point
                                    ? at::empty(zero_point->sizes(), zero_point->options())
@@ -122,7 +109,33 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward_kernel(
         cuda::fake_quantize_learned_backward(p.arguments, grad, out, gradients,
                                              scratch.data_ptr<double>(), stream);
       });
+  return {scale_gradient, zero_point_gradient};
+}
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward_kernel(
+    const Tensor& gradient, const Tensor& input, const Tensor& scale,
+    const OptionalTensor& zero_point, int64_t bits, std::string_view granularity, int64_t axis,
+    int64_t group_size, bool narrow_range, double gradient_scale) {
+  const Scheme scheme =
+      scheme_from_arguments(!zero_point, bits, granularity, group_size, narrow_range);
+  check_gradient(gradient, input);
+  Tensor output = at::empty(input.sizes(), input.options());
+  auto [scale_gradient, zero_point_gradient] = learned_backward(
+      gradient.contiguous(), input, scale, zero_point, scheme, axis, gradient_scale, output);
   return {output, scale_gradient, zero_point_gradient};
+}
+
+// The input's gradient takes the gradient's place.
+std::tuple<Tensor, Tensor> fake_quantize_learned_backward_in_place_kernel(
+    Tensor& gradient, const Tensor& input, const Tensor& scale, const OptionalTensor& zero_point,
+    int64_t bits, std::string_view granularity, int64_t axis, int64_t group_size, bool narrow_range,
+    double gradient_scale) {
+  const Scheme scheme =
+      scheme_from_arguments(!zero_point, bits, granularity, group_size, narrow_range);
+  check_gradient(gradient, input);
+  VERNIER_CHECK(gradient.is_contiguous(), "gradient must be contiguous: it is changed in place");
+  return learned_backward(gradient, input, scale, zero_point, scheme, axis, gradient_scale,
+                          gradient);
 }
 
 // ---- Shapes and dtypes without data, for tracing ------------------------------------------------
@@ -175,6 +188,16 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward_meta(
           at::empty_symint(scale.sym_sizes(), options),
           learns_zero_point ? at::empty_symint(zero_point->sym_sizes(), options)
                             : at::empty({0}, options)};
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_learned_backward_in_place_meta(
+    Tensor& gradient, const Tensor& input, const Tensor& scale, const OptionalTensor& zero_point,
+    int64_t bits, std::string_view granularity, int64_t axis, int64_t group_size, bool narrow_range,
+    double gradient_scale) {
+  auto [same, scale_gradient, zero_point_gradient] =
+      fake_quantize_learned_backward_meta(gradient, input, scale, zero_point, bits, granularity,
+                                          axis, group_size, narrow_range, gradient_scale);
+  return {scale_gradient, zero_point_gradient};
 }
 
 // ---- Gradients ----------------------------------------------------------------------------------
@@ -339,14 +362,19 @@ TORCH_LIBRARY_FRAGMENT(vernier, m) {
   m.def(("fake_quantize_learned_backward(Tensor gradient, Tensor input, " + learned +
          ") -> (Tensor input, Tensor scale, Tensor zero_point)")
             .c_str());
+  m.def(("fake_quantize_learned_backward_(Tensor(a!) gradient, Tensor input, " + learned +
+         ") -> (Tensor scale, Tensor zero_point)")
+            .c_str());
 }
 
-#define VERNIER_REGISTER_FAKE_QUANTIZE(m)                                    \
-  m.impl("fake_quantize", TORCH_FN(fake_quantize_kernel));                   \
-  m.impl("fake_quantize_backward", TORCH_FN(fake_quantize_backward_kernel)); \
-  m.impl("fake_quantize_dynamic", TORCH_FN(fake_quantize_dynamic_kernel));   \
-  m.impl("fake_quantize_learned", TORCH_FN(fake_quantize_learned_kernel));   \
-  m.impl("fake_quantize_learned_backward", TORCH_FN(fake_quantize_learned_backward_kernel))
+#define VERNIER_REGISTER_FAKE_QUANTIZE(m)                                                    \
+  m.impl("fake_quantize", TORCH_FN(fake_quantize_kernel));                                   \
+  m.impl("fake_quantize_backward", TORCH_FN(fake_quantize_backward_kernel));                 \
+  m.impl("fake_quantize_dynamic", TORCH_FN(fake_quantize_dynamic_kernel));                   \
+  m.impl("fake_quantize_learned", TORCH_FN(fake_quantize_learned_kernel));                   \
+  m.impl("fake_quantize_learned_backward", TORCH_FN(fake_quantize_learned_backward_kernel)); \
+  m.impl("fake_quantize_learned_backward_",                                                  \
+         TORCH_FN(fake_quantize_learned_backward_in_place_kernel))
 
 TORCH_LIBRARY_IMPL(vernier, CPU, m) { VERNIER_REGISTER_FAKE_QUANTIZE(m); }
 #ifdef VERNIER_WITH_CUDA
@@ -358,6 +386,7 @@ TORCH_LIBRARY_IMPL(vernier, Meta, m) {
   m.impl("fake_quantize_dynamic", TORCH_FN(fake_quantize_dynamic_meta));
   m.impl("fake_quantize_learned", TORCH_FN(fake_quantize_learned_meta));
   m.impl("fake_quantize_learned_backward", TORCH_FN(fake_quantize_learned_backward_meta));
+  m.impl("fake_quantize_learned_backward_", TORCH_FN(fake_quantize_learned_backward_in_place_meta));
 }
 TORCH_LIBRARY_IMPL(vernier, Autograd, m) {
   m.impl("fake_quantize", TORCH_FN(fake_quantize_autograd));

@@ -179,10 +179,11 @@ void learned_sums(const QuantizeArguments& a, const T* input, const T* gradient,
 void fake_quantize_learned_backward(const QuantizeArguments& a, const void* gradient, void* output,
                                     const LearnedGradients& gradients) {
   if (a.map.count <= 0) return;
-  fake_quantize_backward(a, gradient, output);
+  // The sums first: the output may take the gradient's place.
   with_element_type(a.input_type, [&]<typename T>(T*) {
     learned_sums(a, static_cast<const T*>(a.input), static_cast<const T*>(gradient), gradients);
   });
+  fake_quantize_backward(a, gradient, output);
 }
 
 }  // namespace vernier::cpu

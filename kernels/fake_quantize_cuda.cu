@@ -6,42 +6,6 @@ namespace {
 
 // ---- Backward -----------------------------------------------------------------------------------
 
-// x / scale of a vector as codes, unclamped and less the zero point, and what their rounding left.
-template <int V>
-struct Rounded {
-  Vector<float, V> code;
-  Vector<float, V> remainder;
-
-  template <typename Grids>
-  __device__ Rounded(const Vector<float, V>& x, const Grids& grids) {
-    bool sure = true;
-#pragma unroll
-    for (int j = 0; j < V; ++j) code[j] = grids[j].division.likely(x[j], remainder[j], sure);
-    if (!sure) [[unlikely]] {
-#pragma unroll
-      for (int j = 0; j < V; ++j) code[j] = grids[j].division.divided(x[j], remainder[j]);
-    }
-  }
-};
-
-// The gradients of the elements j for which passes(j), zero for the others.
-template <typename T, int V, typename Passes>
-__device__ Pack<T, V> passed_gradient(const Pack<T, V>& gradient, const Passes& passes) {
-  using Word = typename Pack<T, V>::Word;
-  constexpr int kPerWord = V / Pack<T, V>::kWords;
-  constexpr int kBits = 8 * sizeof(T);
-  Pack<T, V> passed;
-#pragma unroll
-  for (int w = 0; w < Pack<T, V>::kWords; ++w) {
-    uint32_t mask = 0;
-#pragma unroll
-    for (int j = 0; j < kPerWord; ++j)
-      mask |= passes(w * kPerWord + j) ? ~uint32_t{0} >> (32 - kBits) << (kBits * j) : 0;
-    passed.words[w] = gradient.words[w] & static_cast<Word>(mask);
-  }
-  return passed;
-}
-
 template <typename T>
 struct FakeQuantizeBackward {
   using Input = T;

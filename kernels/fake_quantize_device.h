@@ -23,7 +23,7 @@ void fake_quantize_backward(const QuantizeArguments& arguments, const void* grad
 /// Symmetric scales from each scale's own finite absolute maximum: `arguments.scale` is not read,
 /// `scale` float [map.count] and `output` are written.
 void fake_quantize_dynamic(const QuantizeArguments& arguments, void* output, float* scale);
-/// fake_quantize_backward, and the gradients of scale and zero point.
+/// fake_quantize_backward, and the gradients of scale and zero point. `output` may be `gradient`.
 void fake_quantize_learned_backward(const QuantizeArguments& arguments, const void* gradient,
                                     void* output, const LearnedGradients& gradients);
 
@@ -39,6 +39,7 @@ void fake_quantize_dynamic(const QuantizeArguments& arguments, void* output, flo
                            void* stream);
 /// Doubles of `scratch` that fake_quantize_learned_backward needs.
 int64_t learned_backward_scratch(const QuantizeArguments& arguments);
+/// `output` may be `gradient`.
 void fake_quantize_learned_backward(const QuantizeArguments& arguments, const void* gradient,
                                     void* output, const LearnedGradients& gradients,
                                     double* scratch, void* stream);

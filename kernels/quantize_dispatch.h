@@ -65,6 +65,17 @@ struct Prepared {
   }
 };
 
+/// The zero point that is used of one that is learned: float32, rounded and clamped to the codes'
+/// range. An int32 one is used as it is.
+inline std::optional<at::Tensor> integer_zero_point(const std::optional<at::Tensor>& zero_point,
+                                                    const Scheme& scheme) {
+  if (!zero_point || zero_point->scalar_type() == at::kInt) return zero_point;
+  VERNIER_CHECK(zero_point->scalar_type() == at::kFloat,
+                "zero_point must be int32, or float32 to be learned, not ",
+                c10::toString(zero_point->scalar_type()));
+  return zero_point->round().clamp(scheme.qmin(), scheme.qmax()).to(at::kInt);
+}
+
 /// A scheme has zero points if and only if it is asymmetric, so that qmin and qmax agree with the
 /// operator's view.
 inline void check_zero_point(const Scheme& scheme, const std::optional<at::Tensor>& zero_point) {

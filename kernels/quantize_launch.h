@@ -51,6 +51,67 @@ __device__ Vector<float, V> centred_codes(const Vector<float, V>& x, const Grids
   return code;
 }
 
+/// x / scale of a vector as codes, unclamped and less the zero point, and what their rounding left.
+template <int V>
+struct Rounded {
+  Vector<float, V> code;
+  Vector<float, V> remainder;
+
+  template <typename Grids>
+  __device__ Rounded(const Vector<float, V>& x, const Grids& grids) {
+    bool sure = true;
+#pragma unroll
+    for (int j = 0; j < V; ++j) code[j] = grids[j].division.likely(x[j], remainder[j], sure);
+    if (!sure) [[unlikely]] {
+#pragma unroll
+      for (int j = 0; j < V; ++j) code[j] = grids[j].division.divided(x[j], remainder[j]);
+    }
+  }
+};
+
+/// Codes less the zero point as bytes.
+template <int V, typename Grids>
+__device__ Pack<int8_t, V> pack_codes(const Vector<float, V>& code, const Grids& grids) {
+  // The lowest byte of 1.5 * 2^23 + code is the code as int8.
+  uint32_t bytes[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const float to_byte = 12582912.0f + static_cast<float>(grids[j].zero_point);
+    bytes[j] = __float_as_uint(code[j] + to_byte);
+  }
+  Pack<int8_t, V> y;
+  if constexpr (V % 4 == 0) {
+#pragma unroll
+    for (int w = 0; w < V / 4; ++w) {
+      const uint32_t low = __byte_perm(bytes[4 * w], bytes[4 * w + 1], 0x0040);
+      const uint32_t high = __byte_perm(bytes[4 * w + 2], bytes[4 * w + 3], 0x0040);
+      y.words[w] = __byte_perm(low, high, 0x5410);
+    }
+  } else {
+    static_assert(V == 1);
+    y.words[0] = static_cast<uint8_t>(bytes[0]);
+  }
+  return y;
+}
+
+/// The gradients of the elements j for which passes(j), zero for the others.
+template <typename T, int V, typename Passes>
+__device__ Pack<T, V> passed_gradient(const Pack<T, V>& gradient, const Passes& passes) {
+  using Word = typename Pack<T, V>::Word;
+  constexpr int kPerWord = V / Pack<T, V>::kWords;
+  constexpr int kBits = 8 * sizeof(T);
+  Pack<T, V> passed;
+#pragma unroll
+  for (int w = 0; w < Pack<T, V>::kWords; ++w) {
+    uint32_t mask = 0;
+#pragma unroll
+    for (int j = 0; j < kPerWord; ++j)
+      mask |= passes(w * kPerWord + j) ? ~uint32_t{0} >> (32 - kBits) << (kBits * j) : 0;
+    passed.words[w] = gradient.words[w] & static_cast<Word>(mask);
+  }
+  return passed;
+}
+
 /// Operations: output = operation(x, gradient, grid), or operation.element(...) for one element
 /// whose scale is used once. Those without a gradient are passed x twice.
 template <typename T>
@@ -63,27 +124,7 @@ struct Quantize {
   template <int V, typename Grids>
   __device__ Pack<int8_t, V> operator()(const Pack<T, V>& x, const Pack<T, V>&,
                                         const Grids& grids) const {
-    const Vector<float, V> code = centred_codes(to_floats(x), grids);
-    // The lowest byte of 1.5 * 2^23 + code is the code as int8.
-    uint32_t bytes[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const float to_byte = 12582912.0f + static_cast<float>(grids[j].zero_point);
-      bytes[j] = __float_as_uint(code[j] + to_byte);
-    }
-    Pack<int8_t, V> y;
-    if constexpr (V % 4 == 0) {
-#pragma unroll
-      for (int w = 0; w < V / 4; ++w) {
-        const uint32_t low = __byte_perm(bytes[4 * w], bytes[4 * w + 1], 0x0040);
-        const uint32_t high = __byte_perm(bytes[4 * w + 2], bytes[4 * w + 3], 0x0040);
-        y.words[w] = __byte_perm(low, high, 0x5410);
-      }
-    } else {
-      static_assert(V == 1);
-      y.words[0] = static_cast<uint8_t>(bytes[0]);
-    }
-    return y;
+    return pack_codes(centred_codes(to_floats(x), grids), grids);
   }
 
   __device__ int8_t element(T x, T, float scale, int32_t zero, int32_t qmin, int32_t qmax) const {

@@ -369,34 +369,51 @@ double QuantizerImpl::gradient_scale(const Tensor& values) const {
   return learned_gradient_scale(std::max<int64_t>(elements, 1), settings_.scheme);
 }
 
-Tensor QuantizerImpl::forward(const Tensor& values) {
+TrainedOperand QuantizerImpl::operand(const Tensor& values) {
   check_calibrated();
-  const Scheme& scheme = settings_.scheme;
-  if (scheme.dynamic || settings_.policy == RangePolicy::following) {
-    // The scale follows the data but is a constant to the gradient, as everywhere with dynamic
-    // quantization.
-    Tensor output, scale;
-    if (scheme.is_fp8()) {
-      scale = own_scale(values.detach(), scheme, axis_);
-      output = fake_quantize(values, scale, std::nullopt, scheme, axis_);
-    } else {
-      std::tie(output, scale) = fake_quantize_dynamic(values, scheme, axis_);
-    }
-    if (!scheme.dynamic) scale_.set_data(scale.detach());
-    return output;
-  }
+  TrainedOperand operand{settings_.scheme};
+  if (finds()) return operand;
+  const bool asymmetric = !settings_.scheme.symmetric;
   if (learns()) {
     if (values.is_cpu()) check_learned();
-    return fake_quantize_learned(
-        values, learned_scale_,
-        scheme.symmetric ? std::nullopt : std::optional<Tensor>(learned_zero_point_), scheme, axis_,
-        gradient_scale(values));
+    operand.scale = learned_scale_;
+    if (asymmetric) operand.zero_point = learned_zero_point_;
+    operand.gradient_scale = gradient_scale(values);
+    return operand;
   }
   if (settings_.policy == RangePolicy::moving_average && is_training()) update_average(values);
-  // Their own handles, which keep what this forward used.
-  std::optional<Tensor> zero_point;
-  if (!scheme.symmetric) zero_point = zero_point_.detach();
-  return fake_quantize(values, scale_.detach(), zero_point, scheme, axis_);
+  operand.scale = scale_;
+  if (asymmetric) operand.zero_point = zero_point_;
+  return operand;
+}
+
+void QuantizerImpl::found(const Tensor& scale) {
+  if (!settings_.scheme.dynamic) scale_.set_data(scale.detach());
+}
+
+Tensor QuantizerImpl::forward(const Tensor& values) {
+  const TrainedOperand used = operand(values);
+  const Scheme& scheme = settings_.scheme;
+  if (used.gradient_scale)
+    return fake_quantize_learned(values, *used.scale, used.zero_point, scheme, axis_,
+                                 *used.gradient_scale);
+  if (used.scale) {
+    // Their own handles, which keep what this forward used.
+    std::optional<Tensor> zero_point;
+    if (used.zero_point) zero_point = used.zero_point->detach();
+    return fake_quantize(values, used.scale->detach(), zero_point, scheme, axis_);
+  }
+  // The scale follows the data but is a constant to the gradient, as everywhere with dynamic
+  // quantization.
+  Tensor output, scale;
+  if (scheme.is_fp8()) {
+    scale = own_scale(values.detach(), scheme, axis_);
+    output = fake_quantize(values, scale, std::nullopt, scheme, axis_);
+  } else {
+    std::tie(output, scale) = fake_quantize_dynamic(values, scheme, axis_);
+  }
+  found(scale);
+  return output;
 }
 
 QuantizerImpl::Codes QuantizerImpl::codes(const Tensor& values) const {
@@ -406,9 +423,8 @@ QuantizerImpl::Codes QuantizerImpl::codes(const Tensor& values) const {
     auto [codes, scale] = quantize_per_token(values, scheme);
     return {codes, scale};
   }
-  const bool own = scheme.dynamic || settings_.policy == RangePolicy::following;
-  const Tensor scale = own ? own_scale(values.detach(), scheme, axis_) : this->scale().detach();
-  if (own && !scheme.dynamic) scale_.set_data(scale);
+  const Tensor scale = finds() ? own_scale(values.detach(), scheme, axis_) : this->scale().detach();
+  if (finds() && !scheme.dynamic) scale_.set_data(scale);
   return {quantize(values, scale, zero_point(), scheme, axis_), scale};
 }
 

@@ -6,6 +6,7 @@
 #include <vernier/calibration/calibrators.h>
 #include <vernier/calibration/observer.h>
 #include <vernier/kernels/code_tensor.h>
+#include <vernier/kernels/linear_training.h>
 #include <vernier/kernels/scheme.h>
 
 #include <memory>
@@ -93,10 +94,7 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   void set_policy(RangePolicy policy);
 
   /// Whether it can quantize: it has a scale or needs none.
-  bool calibrated() const {
-    return settings_.scheme.dynamic || settings_.policy == RangePolicy::following ||
-           scale().numel() > 0;
-  }
+  bool calibrated() const { return finds() || scale().numel() > 0; }
   /// Empty where not calibrated or dynamic; of the last tensor where it follows tensors. Where it
   /// is learned, the parameter.
   const torch::Tensor& scale() const { return learns() ? learned_scale_ : scale_; }
@@ -130,6 +128,13 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   /// Throws Error when not calibrated, and on the CPU as check_learned().
   torch::Tensor forward(const torch::Tensor& values);
 
+  /// What forward() would quantize these values with, for operations that quantize and compute at
+  /// once; takes moving averages on and checks as forward() does. Dynamic and following scales are
+  /// absent: found() takes them back.
+  TrainedOperand operand(const torch::Tensor& values);
+  /// Keeps the scale that an operation found in place of forward().
+  void found(const torch::Tensor& scale);
+
   struct Codes {
     torch::Tensor codes;  ///< int8, or FP8 by the scheme, like the values
     torch::Tensor scale;  ///< the scale they were made with; per token where dynamic
@@ -144,6 +149,10 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
 
  private:
   bool learns() const { return settings_.policy == RangePolicy::learned; }
+  // Whether each tensor brings its own scale.
+  bool finds() const {
+    return settings_.scheme.dynamic || settings_.policy == RangePolicy::following;
+  }
   void check_calibrated() const;
   void register_learned();
   void clear();

@@ -82,7 +82,7 @@ TEST(CliBench, ReportsEveryWorkWithItsBaseline) {
     if (implementation == "vernier") ours.insert(work);
   }
   for (const char* work :
-       {"w8a8_gemm", "w8a8_int8_out", "quantize_gemm", "fake_quantize", "quantize", "histogram"})
+       {"w8a8_gemm", "w8a8_int8_out", "quantize_gemm", "fake_quantize", "quantize", "histogram", "qat_linear", "qat_block"})
     EXPECT_TRUE(ours.contains(work)) << work;
 }
 
@@ -102,6 +102,20 @@ TEST(CliBench, TakesWorksAndShapes) {
   shapes.clear();
   for (const Json& row : rows["rows"]) shapes.insert(row["shape"]);
   EXPECT_EQ(shapes, (std::set<std::string>{"7x13", "7x13 bf16"}));
+}
+
+TEST(CliBench, TakesTheBeginningOfSeveralNames) {
+  const Json json = run_json(bench({"qat", "--shape", "18x256x23"}));
+  EXPECT_FALSE(json.contains("failures")) << json["failures"];
+  std::set<std::string> ours;
+  for (const Json& row : json["rows"]) {
+    EXPECT_EQ(row["shape"], "18x256x23");
+    if (row["work"] == "qat_linear") ours.insert(row["implementation"]);
+  }
+  for (const char* name : {"plain bf16", "vernier", "vernier, learned scales",
+                           "vernier, following weights", "vernier, int8 forward",
+                           "vernier, one by one", "torch fake_quantize"})
+    EXPECT_TRUE(ours.contains(name)) << name;
 }
 
 TEST(CliBench, DrawsAndPrints) {

@@ -19,7 +19,7 @@ ops = torch.ops.vernier
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPERATORS = ("quantize", "dequantize", "fake_quantize", "fake_quantize_backward", "fake_quantize_dynamic", "fake_quantize_learned",
              "fake_quantize_learned_backward", "per_token_scale", "quantize_per_token", "histogram", "channel_range", "int8_matmul",
-             "int8_matmul_reference", "int8_linear")
+             "int8_matmul_reference", "int8_linear", "quantize_masked", "quantize_masked_pair", "fake_quantized_linear")
 
 
 def codes_of(x, scale, zero_point=0, qmin=-127, qmax=127):
@@ -195,6 +195,11 @@ def samples():
     yield "channel_range", (x,), {}
     yield "int8_matmul", (codes, codes), {}
     yield "int8_matmul_reference", (codes, codes), {}
+    yield "quantize_masked", (x, scale, zero_point), {}
+    yield "quantize_masked", (x.half(), scale), {"dtype": torch.bfloat16, "mask": False}
+    tensor, channel = (8, "per_tensor", 0, 0, True, True), (4, "per_channel", 0, 0, True, False)
+    yield "quantize_masked_pair", (x, scale, None, x, channels, None, *tensor, *channel, torch.float32), {}
+    yield "fake_quantized_linear", (x.clone().requires_grad_(), x.clone().requires_grad_()), {"input_granularity": "per_token"}
     yield "int8_linear", (codes, codes, scale, channels, None, zero_point, sums), {"dtype": torch.float16}
 
 
@@ -212,6 +217,27 @@ class Tracing(TestCase):
         for name, args, kwargs in samples():
             with self.subTest(name):
                 torch.library.opcheck(getattr(ops, name).default, args, kwargs)
+
+    def test_training_steps(self):
+        x, w, bias, channels = torch.randn(6, 8), torch.randn(5, 8), torch.randn(5), torch.rand(5) * 0.02 + 0.01
+        scale, zero_point = torch.rand(1) * 0.02 + 0.01, torch.tensor([3], dtype=torch.int32)
+        leaf = lambda t: t.clone().requires_grad_()
+        learned = {"input_gradient_scale": 0.5, "weight_gradient_scale": 0.5}
+        for args, kwargs in (((leaf(x), leaf(w), leaf(bias), scale, None, channels), {}),
+                             ((leaf(x), leaf(w), leaf(bias), scale, zero_point, channels), {"product_of_codes": True}),
+                             ((leaf(x), leaf(w), None, leaf(scale), None, leaf(channels)), learned),
+                             ((leaf(x), w, None, scale, None, channels), {}),
+                             ((x, leaf(w), None, scale), {"weight_bits": 4})):
+            with self.subTest(**kwargs):
+                torch.library.opcheck(ops.fake_quantized_linear.default, args, kwargs)
+        mask = lambda t: torch.zeros((t.numel() + 7) // 8, dtype=torch.uint8)
+        gradient = torch.randn(6, 8)
+        expected = ops.fake_quantize_learned_backward(gradient, x, scale, zero_point.float())
+        self.assert_same(ops.fake_quantize_learned_backward_(gradient, x, scale, zero_point.float()), expected[1:])
+        self.assert_same(gradient, expected[0])
+        torch.library.opcheck(ops.fake_quantize_learned_backward_.default, (x.clone(), x, scale), {})
+        torch.library.opcheck(ops.zero_clipped_.default, (x.clone(), mask(x)), {})
+        torch.library.opcheck(ops.zero_clipped_pair_.default, (x.clone(), mask(x), w.clone(), mask(w)), {})
 
     def test_schemas(self):
         self.assertEqual(str(ops.fake_quantize.default._schema),

@@ -132,6 +132,30 @@ GroupedBars tops_chart(const Report& report) {
   return chart;
 }
 
+// What training steps need of the GPU's memory, in units of the plain layers' step.
+GroupedBars memory_chart(const Report& report) {
+  GroupedBars chart;
+  chart.title = "Training steps: memory needed at most";
+  chart.subtitle = where_and_when(report);
+  chart.unit = "times the plain step's";
+  std::map<std::string, double> plain;  // by work and shape
+  const auto key = [](const Row& row) { return concat(row.work, "\n", shape_label(row)); };
+  for (const Row& row : report.rows)
+    if (row.peak_mib && row.implementation == baseline_of(report, row.work))
+      plain[key(row)] = *row.peak_mib;
+  if (!plain.empty()) chart.references = {{1, "the plain step"}};
+  fill(
+      chart, report.rows,
+      [&](const Row& row) {
+        const bool shown = row.peak_mib && plain.contains(key(row)) &&
+                           row.implementation != baseline_of(report, row.work);
+        return shown ? key(row) : std::string();
+      },
+      [](const Row& row) { return row.implementation; },
+      [&](const Row& row) { return std::optional(*row.peak_mib / plain.at(key(row))); });
+  return chart;
+}
+
 GroupedBars bandwidth_chart(const Report& report) {
   GroupedBars chart;
   const Roof& roof = report.machine.roof;
@@ -170,6 +194,7 @@ std::vector<std::string> write_pictures(const Report& report, const std::filesys
   write("breakdown.svg", breakdown_chart(report));
   write("tops.svg", tops_chart(report));
   write("bandwidth.svg", bandwidth_chart(report));
+  write("memory.svg", memory_chart(report));
   return names;
 }
 

@@ -23,6 +23,29 @@ std::string first_line(const std::exception& error) {
 
 constexpr double kReplayUs = 2000;
 constexpr double kReplayUsOnCpu = 500;
+// Of training steps: long enough for the GPU to settle at the clock that the power they need leaves
+// it, whatever ran before.
+constexpr double kLaunchedUs = 20000;
+
+// What a call needs of the GPU's memory at most, beyond what was there before it and with its
+// results, in MiB.
+std::optional<double> peak_mib([[maybe_unused]] const Place& place,
+                               [[maybe_unused]] const Run& run) {
+#ifdef VERNIER_WITH_CUDA
+  namespace allocator = c10::cuda::CUDACachingAllocator;
+  if (!place.cuda()) return std::nullopt;
+  const auto bytes = [&] {
+    return allocator::getDeviceStats(place.device.index())
+        .allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
+  };
+  const int64_t before = bytes().current;
+  allocator::resetPeakStats(place.device.index());
+  run(0);
+  return static_cast<double>(bytes().peak - before) / (1 << 20);
+#else
+  return std::nullopt;
+#endif
+}
 
 }  // namespace
 
@@ -56,9 +79,12 @@ void run_case(const Place& place, const Work& work, Shape shape, const Effort& e
         continue;
       }
       implementation.check = nullptr;  // and the reference that it holds
-      timed.push_back(make_timed(place, implementation.run, c.sets, target_us));
+      timed.push_back(c.training ? make_launched(place, implementation.run, c.sets,
+                                                 place.cuda() ? kLaunchedUs : target_us)
+                                 : make_timed(place, implementation.run, c.sets, target_us));
       implementations.push_back(&implementation);
-      if (!timed.back()->captured()) cli::note(name + ": timed without a CUDA graph");
+      if (!timed.back()->captured() && !c.training)
+        cli::note(name + ": timed without a CUDA graph");
     } catch (const std::exception& error) {
       // A peer may not be able to do everything. Ours has to, and so has the baseline.
       const bool peer = implementation.name != kVernier && &implementation != &c.implementations[0];
@@ -85,6 +111,7 @@ void run_case(const Place& place, const Work& work, Shape shape, const Effort& e
     row.us = us[i];
     if (c.operations > 0) row.tops = c.operations / us[i] * 1e-6;
     if (c.bytes > 0) row.gbs = c.bytes / us[i] * 1e-3;
+    if (c.training) row.peak_mib = peak_mib(place, implementations[i]->run);
     if (baseline) row.speedup = *baseline / us[i];
     if (row.implementation == kVernier) ours = row.speedup;
     std::vector<std::unique_ptr<Timed>> steps;
@@ -125,6 +152,7 @@ nlohmann::ordered_json to_json(const Report& report) {
     item["us"] = rounded(row.us);
     if (row.tops) item["tops"] = rounded(*row.tops);
     if (row.gbs) item["gbs"] = rounded(*row.gbs);
+    if (row.peak_mib) item["peak_mib"] = rounded(*row.peak_mib);
     item["speedup"] = row.speedup ? nlohmann::ordered_json(rounded(*row.speedup)) : nullptr;
     for (const auto& [step, us] : row.steps) item["steps_us"][step] = rounded(us);
     json["rows"].push_back(std::move(item));
@@ -147,7 +175,7 @@ void print(const Report& report) {
     return text + std::string(static_cast<size_t>(kCells - (eighths + 7) / 8), ' ');
   };
   std::vector<std::vector<std::string>> table = {
-      {"work and implementation", "us", "TOPS", "GB/s", "speed-up", ""}};
+      {"work and implementation", "us", "TOPS", "GB/s", "peak MiB", "speed-up", ""}};
   const Row* before = nullptr;
   for (const Row& row : report.rows) {
     if (!before || before->work != row.work || before->shape != row.shape)
@@ -155,6 +183,7 @@ void print(const Report& report) {
     table.push_back({"  " + row.implementation, cli::fixed(row.us, row.us < 1000 ? 2 : 1),
                      row.tops ? cli::fixed(*row.tops, *row.tops < 10 ? 2 : 1) : "",
                      row.gbs ? cli::fixed(*row.gbs, *row.gbs < 100 ? 1 : 0) : "",
+                     row.peak_mib ? cli::fixed(*row.peak_mib, 1) : "",
                      row.speedup ? cli::fixed(*row.speedup, 2) + "x" : "",
                      row.speedup ? bar(*row.speedup) : ""});
     before = &row;

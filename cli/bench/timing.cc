@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <numeric>
+#include <random>
 
 #ifdef VERNIER_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -46,17 +48,31 @@ std::unique_ptr<Timed> make_timed([[maybe_unused]] const Place& place, const Run
   return std::make_unique<TimedOnCpu>(run, sets, target_us);
 }
 
+std::unique_ptr<Timed> make_launched([[maybe_unused]] const Place& place, const Run& run,
+                                     int64_t sets, double target_us) {
+#ifdef VERNIER_WITH_CUDA
+  if (place.cuda()) return make_launched_cuda(run, sets, target_us);
+#endif
+  return std::make_unique<TimedOnCpu>(run, sets, target_us);
+}
+
 std::vector<double> measure(const std::vector<std::unique_ptr<Timed>>& timed,
                             const Effort& effort) {
   using Clock = std::chrono::steady_clock;
   constexpr int kMostRounds = 1000;
   for (const auto& t : timed) t->replay();  // warm-up
   std::vector<std::vector<double>> us(timed.size());
+  std::vector<size_t> order(timed.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::mt19937 random(0);
   const std::chrono::duration<double> budget(effort.seconds * static_cast<double>(timed.size()));
   const Clock::time_point start = Clock::now();
   for (int round = 0;
-       round < kMostRounds && (round < effort.rounds || Clock::now() - start < budget); ++round)
-    for (size_t i = 0; i < timed.size(); ++i) us[i].push_back(timed[i]->replay());
+       round < kMostRounds && (round < effort.rounds || Clock::now() - start < budget); ++round) {
+    // What ran before leaves a GPU warmer or cooler: in another order every time.
+    std::shuffle(order.begin(), order.end(), random);
+    for (const size_t i : order) us[i].push_back(timed[i]->replay());
+  }
   std::vector<double> medians;
   for (std::vector<double>& samples : us) {
     const auto middle = samples.begin() + static_cast<std::ptrdiff_t>(samples.size() / 2);

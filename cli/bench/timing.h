@@ -23,8 +23,12 @@ class Timed {
 /// least one on every set. Throws Error, or what the calls throw.
 std::unique_ptr<Timed> make_timed(const Place& place, const Run& run, int64_t sets,
                                   double target_us);
+/// The same as a program makes them, one by one and without a CUDA graph: the host takes part.
+std::unique_ptr<Timed> make_launched(const Place& place, const Run& run, int64_t sets,
+                                     double target_us);
 #ifdef VERNIER_WITH_CUDA
 std::unique_ptr<Timed> make_timed_cuda(const Run& run, int64_t sets, double target_us);
+std::unique_ptr<Timed> make_launched_cuda(const Run& run, int64_t sets, double target_us);
 #endif
 
 /// How long to measure.

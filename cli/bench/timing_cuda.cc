@@ -132,30 +132,35 @@ class TimedGraph final : public Timed {
   cudaGraphExec_t executable_ = nullptr;
 };
 
-// The same calls, enqueued one by one: for what cannot be captured.
+// The same calls, enqueued one by one: for what cannot be captured, or is not meant to be.
 class TimedCalls final : public Timed {
  public:
-  TimedCalls(Run run, int64_t sets)
-      : stream_(c10::cuda::getCurrentCUDAStream()), run_(std::move(run)), sets_(sets) {}
+  TimedCalls(Run run, int64_t sets, double target_us)
+      : stream_(c10::cuda::getCurrentCUDAStream()), run_(std::move(run)), sets_(sets) {
+    passes_ =
+        std::max<int64_t>(1, std::llround(target_us / (replay() * static_cast<double>(sets))));
+  }
 
   double replay() override {
     launch();
     start_.record(stream_.stream());
     launch();
     end_.record(stream_.stream());
-    return end_.since(start_) / static_cast<double>(sets_);
+    return end_.since(start_) / static_cast<double>(passes_ * sets_);
   }
   bool captured() const override { return false; }
 
  private:
   void launch() {
-    for (int64_t set = 0; set < sets_; ++set) run_(set);
+    for (int64_t pass = 0; pass < passes_; ++pass)
+      for (int64_t set = 0; set < sets_; ++set) run_(set);
   }
 
   c10::cuda::CUDAStream stream_;
   Event start_, end_;
   Run run_;
   int64_t sets_;
+  int64_t passes_ = 1;
 };
 
 }  // namespace
@@ -167,8 +172,13 @@ std::unique_ptr<Timed> make_timed_cuda(const Run& run, int64_t sets, double targ
   } catch (const c10::OutOfMemoryError&) {
     throw;
   } catch (const std::exception&) {
-    return std::make_unique<TimedCalls>(run, sets);
+    return std::make_unique<TimedCalls>(run, sets, target_us);
   }
+}
+
+std::unique_ptr<Timed> make_launched_cuda(const Run& run, int64_t sets, double target_us) {
+  for (int64_t set = 0; set < sets; ++set) run(set);
+  return std::make_unique<TimedCalls>(run, sets, target_us);
 }
 
 }  // namespace vernier::bench

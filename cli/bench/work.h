@@ -51,6 +51,8 @@ struct Case {
   int64_t sets = 1;       ///< input sets that the calls rotate over
   double operations = 0;  ///< multiplications and additions of a call; 0: bound by memory
   double bytes = 0;       ///< that a call has to move at least
+  /// Calls are training steps: timed as a loop launches them, and their memory is measured.
+  bool training = false;
   /// The first one is the baseline of the speed-up.
   std::vector<Implementation> implementations;
   /// Peers that could not be set up, and why.
@@ -84,9 +86,10 @@ struct Work {
   const std::vector<Shape>& default_shapes(const Place& place, bool quick) const;
 };
 
-/// All of them: matrix products, then works bound by memory.
+/// All of them: matrix products, works bound by memory, training steps.
 const std::vector<Work>& works();
 std::vector<Work> gemm_works();
 std::vector<Work> memory_works();
+std::vector<Work> training_works();
 
 }  // namespace vernier::bench
