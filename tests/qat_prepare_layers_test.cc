@@ -1,6 +1,7 @@
 // A convolutional model of torch::nn from prepare() through training to integers.
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <vernier/export/checkpoint.h>
 #include <vernier/export/validate.h>
 #include <vernier/qat/convolution.h>
 #include <vernier/qat/elementwise.h>
@@ -9,10 +10,14 @@
 #include <vernier/qat/matmul.h>
 #include <vernier/qat/prepare.h>
 #include <vernier/qat/session.h>
+#include <vernier/tests/expect_error.h>
+#include <vernier/tests/temporary_folder.h>
 
 namespace vernier {
 namespace {
 
+using testing::message_of;
+using testing::TemporaryFolder;
 using torch::Tensor;
 namespace tnn = torch::nn;
 
@@ -53,7 +58,7 @@ double accuracy(tnn::Sequential& model, const std::pair<Tensor, Tensor>& data) {
 void train(tnn::Sequential& model, int64_t steps, TrainingSession* session) {
   torch::optim::Adam optimizer(model->parameters(), torch::optim::AdamOptions(0.01));
   for (int64_t step = 0; step < steps; ++step) {
-    const auto [x, target] = task(64);
+    const auto [x, target] = task(32);
     optimizer.zero_grad();
     const Tensor loss = torch::nn::functional::cross_entropy(model->forward(x), target);
     loss.backward();
@@ -66,7 +71,7 @@ TEST(QatPrepareLayers, AConvolutionalModelTrainsQuantizedAndBecomesIntegers) {
   torch::manual_seed(21);
   tnn::Sequential model = small_network();
   train(model, 40, nullptr);
-  const auto test = task(400);
+  const auto test = task(200);
   model->eval();
   const double in_float = accuracy(model, test);
   EXPECT_GT(in_float, 0.8);
@@ -80,20 +85,32 @@ TEST(QatPrepareLayers, AConvolutionalModelTrainsQuantizedAndBecomesIntegers) {
 
   model->train();
   TrainingSession session(
-      *model, {.calibration_batches = 4, .freeze_observers_at = 30, .freeze_batch_norm_at = 40});
-  train(model, 50, &session);
+      *model, {.calibration_batches = 3, .freeze_observers_at = 12, .freeze_batch_norm_at = 16});
+  train(model, 20, &session);
   EXPECT_TRUE(model->at<nn::Conv2dImpl>(0).batch_norm->frozen());
   model->eval();
   const double fake_quant = accuracy(model, test);
   EXPECT_GT(fake_quant, 0.8);
   const torch::NoGradGuard no_grad;
   const Tensor predicted = model->forward(test.first).argmax(1);
+  const TemporaryFolder folder;
+  const CheckpointInfo info = {"network", "{}", "qat", "0"};
+  EXPECT_CONTAINS(message_of([&] { save_checkpoint(*model, info, folder / "model.h5"); }),
+                  "layer '0' has a batch norm folded in");
   convert(model);
   EXPECT_FALSE(model->at<nn::Conv2dImpl>(0).batch_norm);
   EXPECT_TRUE(torch::equal(model->forward(test.first).argmax(1), predicted));
   Validator validator(*model);
   validator.add([&] { return model->forward(test.first); });
   EXPECT_TRUE(validator.report().passed(0.02));
+
+  save_checkpoint(*model, info, folder / "model.h5");
+  tnn::Sequential loaded = small_network();
+  prepare(loaded, rules_of(4, asymmetric_scheme(8)));
+  loaded->eval();
+  merge_batch_norms(*loaded);
+  Checkpoint::open(folder / "model.h5").load_into(*loaded);
+  EXPECT_TRUE(torch::equal(loaded->forward(test.first), model->forward(test.first)));
 }
 
 TEST(QatPrepareLayers, RecipesReachEveryLayerAsItsKernelsTakeThem) {
@@ -139,7 +156,13 @@ TEST(QatPrepareLayers, RecipesReachEveryLayerAsItsKernelsTakeThem) {
     validator.add([&] { return model.forward(tokens); });
     EXPECT_TRUE(validator.report().passed(0.05));
     convert(model);
-    EXPECT_EQ(model.forward(tokens).sizes(), (std::vector<int64_t>{3, 5, 8}));
+    const Tensor y = model.forward(tokens);
+    EXPECT_EQ(y.sizes(), (std::vector<int64_t>{3, 5, 8}));
+    const TemporaryFolder folder;
+    save_checkpoint(model, {"network", "{}", "qat", "0"}, folder / "model.h5");
+    Net loaded;
+    Checkpoint::open(folder / "model.h5").load_into(loaded);
+    EXPECT_TRUE(torch::equal(loaded.forward(tokens), y));
   }
 
   const Scheme per_token = {.granularity = Granularity::per_token, .dynamic = true};
