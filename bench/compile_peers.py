@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Vernier's operators beside what torch.compile makes of the same arithmetic, on one GPU.
 
-    python bench/compile_peers.py --library build/lib/libvernier.so [--rows 8192] [--columns 8192] [--only training] [--out rows.json]
+    python bench/compile_peers.py --library build/lib/libvernier.so [--rows 8192] [--columns 8192] [--only training]
+                                  [--out rows.json]
 
 Needs PyTorch 2.11 with CUDA and Triton. Prints one JSON object as `vernier bench --json` does: device, versions, date, and
 rows of {work, shape, implementation, us, gbs, speedup}; speedup is over a copy of as many bytes in the same run, of training
