@@ -141,7 +141,7 @@ void Validator::compare_layer(QuantizedLayer& layer, const std::vector<Tensor>& 
     result.moved_codes += differing(integer.codes.flatten(), other_run[seen++].flatten());
   }
 
-  const bool has_weight = layer.weight_quantizer.get() != nullptr;
+  const bool has_weight = static_cast<bool>(layer.weight_quantizer);
   if (layer.has_accumulators()) {
     const Tensor exact = layer.compute(
         exact_operands, has_weight ? layer.weight_codes().to(torch::kDouble) : Tensor(), Tensor());

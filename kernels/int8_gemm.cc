@@ -4,6 +4,7 @@
 #include <torch/library.h>
 #include <vernier/kernels/int8_gemm.h>
 #include <vernier/kernels/int8_gemm_device.h>
+#include <vernier/kernels/int8_gemm_dispatch.h>
 #include <vernier/kernels/quantize_dispatch.h>
 
 #include <deque>
@@ -124,29 +125,82 @@ class PreparedLinear {
  public:
   explicit PreparedLinear(const Int8LinearOperands& o) : codes_(o.codes), weight_(o.weight) {
     check_operands(codes_, weight_);
-    const int64_t m = codes_.size(0), n = weight_.size(0);
-    check_tensor(o.input_scale, "input_scale", at::kFloat, codes_);
-    check_tensor(o.weight_scale, "weight_scale", at::kFloat, codes_);
+    VERNIER_CHECK(!o.input_zero_point || codes_.size(1) <= kMaxInt8GemmKAsymmetric,
+                  "K = ", codes_.size(1),
+                  " could overflow int32 with asymmetric activations: use symmetric ones or K <= ",
+                  kMaxInt8GemmKAsymmetric);
+    prepare(o, codes_, codes_.size(0), weight_.size(0));
+  }
+
+  // The epilogue alone.
+  PreparedLinear(const Tensor& accumulators, const Int8LinearOperands& o)
+      : accumulators_(accumulators) {
+    prepare(o, accumulators_, accumulators_.size(0), accumulators_.size(1));
+  }
+
+  void requantize(const Requantization& r) {
+    const Tensor& like = accumulators_.defined() ? accumulators_ : codes_;
+    check_tensor(r.scale, "output_scale", at::kFloat, like);
+    VERNIER_CHECK(r.scale.numel() == 1, "output_scale has ", r.scale.numel(),
+                  " elements: codes for a next layer have one scale");
+    if (r.zero_point) {
+      check_tensor(*r.zero_point, "output_zero_point", at::kInt, like);
+      VERNIER_CHECK(r.zero_point->numel() == 1, "output_zero_point has ", r.zero_point->numel(),
+                    " elements, not 1");
+      arguments_.output_zero_point = keep(*r.zero_point).const_data_ptr<int32_t>();
+    }
+    arguments_.output_scale = keep(r.scale).const_data_ptr<float>();
+    arguments_.qmin = r.scheme.qmin();
+    arguments_.qmax = r.scheme.qmax();
+  }
+
+  Tensor run(at::ScalarType dtype) {
+    const Tensor& like = accumulators_.defined() ? accumulators_ : codes_;
+    Tensor output = at::empty({arguments_.rows, arguments_.columns}, like.options().dtype(dtype));
+    run_into(output);
+    return output;
+  }
+
+  void run_into(const Tensor& output) {
+    if (output.numel() == 0) return;
+    arguments_.output = output.data_ptr();
+    arguments_.output_type =
+        output.scalar_type() == at::kChar ? GemmOutput::i8 : output_type_of(output.scalar_type());
+#ifdef VERNIER_WITH_CUDA
+    if (!accumulators_.defined() && codes_.is_cuda() && codes_.size(1) > 0) {
+      run_cuda(codes_.contiguous(), weight_.contiguous(), arguments_);
+      return;
+    }
+#endif
+    if (!accumulators_.defined()) accumulators_ = int8_matmul_operator().call(codes_, weight_);
+    on_device_of(
+        accumulators_,
+        [&] { cpu::int8_epilogue(accumulators_.const_data_ptr<int32_t>(), arguments_); },
+        [&](void* stream) {
+          cuda::int8_epilogue(accumulators_.const_data_ptr<int32_t>(), arguments_, stream);
+        });
+  }
+
+ private:
+  void prepare(const Int8LinearOperands& o, const Tensor& like, int64_t m, int64_t n) {
+    check_tensor(o.input_scale, "input_scale", at::kFloat, like);
+    check_tensor(o.weight_scale, "weight_scale", at::kFloat, like);
     VERNIER_CHECK(o.input_scale.numel() == 1 || o.input_scale.numel() == m, "input_scale has ",
                   o.input_scale.numel(), " elements: it needs 1 or one a row, ", m);
     VERNIER_CHECK(o.weight_scale.numel() == 1 || o.weight_scale.numel() == n, "weight_scale has ",
                   o.weight_scale.numel(), " elements: it needs 1 or one an output channel, ", n);
     if (o.bias) {
-      check_tensor(*o.bias, "bias", at::kFloat, codes_);
+      check_tensor(*o.bias, "bias", at::kFloat, like);
       VERNIER_CHECK(o.bias->numel() == n, "bias has ", o.bias->numel(), " elements, not ", n);
     }
     VERNIER_CHECK(o.input_zero_point.has_value() == o.weight_sum.has_value(),
                   "input_zero_point and weight_sum go together: give both or neither");
     if (o.input_zero_point) {
-      check_tensor(*o.input_zero_point, "input_zero_point", at::kInt, codes_);
-      check_tensor(*o.weight_sum, "weight_sum", at::kInt, codes_);
+      check_tensor(*o.input_zero_point, "input_zero_point", at::kInt, like);
+      check_tensor(*o.weight_sum, "weight_sum", at::kInt, like);
       VERNIER_CHECK(o.input_zero_point->numel() == 1 && o.weight_sum->numel() == n,
                     "input_zero_point must have 1 element and weight_sum ", n, ", not ",
                     o.input_zero_point->numel(), " and ", o.weight_sum->numel());
-      VERNIER_CHECK(
-          codes_.size(1) <= kMaxInt8GemmKAsymmetric, "K = ", codes_.size(1),
-          " could overflow int32 with asymmetric activations: use symmetric ones or K <= ",
-          kMaxInt8GemmKAsymmetric);
     }
     arguments_.rows = m;
     arguments_.columns = n;
@@ -162,45 +216,10 @@ class PreparedLinear {
     arguments_.activation = o.activation;
   }
 
-  void requantize(const Tensor& scale, const OptionalTensor& zero_point, const Scheme& scheme) {
-    check_tensor(scale, "output_scale", at::kFloat, codes_);
-    VERNIER_CHECK(scale.numel() == 1, "output_scale has ", scale.numel(),
-                  " elements: codes for a next layer have one scale");
-    if (zero_point) {
-      check_tensor(*zero_point, "output_zero_point", at::kInt, codes_);
-      VERNIER_CHECK(zero_point->numel() == 1, "output_zero_point has ", zero_point->numel(),
-                    " elements, not 1");
-      arguments_.output_zero_point = keep(*zero_point).const_data_ptr<int32_t>();
-    }
-    arguments_.output_scale = keep(scale).const_data_ptr<float>();
-    arguments_.qmin = scheme.qmin();
-    arguments_.qmax = scheme.qmax();
-  }
-
-  Tensor run(at::ScalarType dtype, GemmOutput type) {
-    Tensor output = at::empty({arguments_.rows, arguments_.columns}, codes_.options().dtype(dtype));
-    if (output.numel() == 0) return output;
-    arguments_.output = output.data_ptr();
-    arguments_.output_type = type;
-#ifdef VERNIER_WITH_CUDA
-    if (codes_.is_cuda() && codes_.size(1) > 0) {
-      run_cuda(codes_.contiguous(), weight_.contiguous(), arguments_);
-      return output;
-    }
-#endif
-    const Tensor accumulators = int8_matmul_operator().call(codes_, weight_);
-    on_device_of(
-        codes_, [&] { cpu::int8_epilogue(accumulators.const_data_ptr<int32_t>(), arguments_); },
-        [&](void* stream) {
-          cuda::int8_epilogue(accumulators.const_data_ptr<int32_t>(), arguments_, stream);
-        });
-    return output;
-  }
-
- private:
   const Tensor& keep(const Tensor& tensor) { return kept_.emplace_back(tensor.contiguous()); }
 
   Tensor codes_, weight_;
+  Tensor accumulators_;
   std::deque<Tensor> kept_;
   EpilogueArguments arguments_;
 };
@@ -209,10 +228,10 @@ Tensor int8_linear_kernel(const Tensor& codes, const Tensor& weight, const Tenso
                           const Tensor& weight_scale, const OptionalTensor& bias,
                           const OptionalTensor& input_zero_point, const OptionalTensor& weight_sum,
                           at::ScalarType dtype, std::string_view activation) {
-  const GemmOutput type = output_type_of(dtype);
+  element_type_of(dtype, "dtype");
   PreparedLinear prepared({codes, weight, input_scale, weight_scale, bias, input_zero_point,
                            weight_sum, activation_from_string(activation)});
-  return prepared.run(dtype, type);
+  return prepared.run(dtype);
 }
 
 Tensor int8_linear_requantize_kernel(const Tensor& codes, const Tensor& weight,
@@ -226,8 +245,8 @@ Tensor int8_linear_requantize_kernel(const Tensor& codes, const Tensor& weight,
       scheme_from_arguments(!output_zero_point, bits, "per_tensor", 0, narrow_range);
   PreparedLinear prepared({codes, weight, input_scale, weight_scale, bias, input_zero_point,
                            weight_sum, activation_from_string(activation)});
-  prepared.requantize(output_scale, output_zero_point, scheme);
-  return prepared.run(at::kChar, GemmOutput::i8);
+  prepared.requantize({output_scale, output_zero_point, scheme});
+  return prepared.run(at::kChar);
 }
 
 Tensor int8_linear_meta(const Tensor& codes, const Tensor& weight, const Tensor&, const Tensor&,
@@ -312,14 +331,32 @@ Tensor int8_linear_requantize(const Int8LinearOperands& o, const Tensor& output_
                               const OptionalTensor& output_zero_point, const Scheme& scheme) {
   static const auto op =
       operator_handle<decltype(int8_linear_requantize_kernel)>("vernier::int8_linear_requantize");
-  scheme.check();
-  VERNIER_CHECK(scheme.granularity == Granularity::per_tensor && !scheme.is_fp8(),
-                "codes for a next layer are per_tensor integers, not ", to_string(scheme));
-  VERNIER_CHECK(scheme.symmetric == !output_zero_point.has_value(),
-                "output_zero_point goes with an asymmetric scheme, and only with one");
+  Requantization{output_scale, output_zero_point, scheme}.check();
   return op.call(o.codes, o.weight, o.input_scale, o.weight_scale, o.bias, o.input_zero_point,
                  o.weight_sum, output_scale, output_zero_point, scheme.bits, scheme.narrow_range,
                  to_string(o.activation));
+}
+
+void Requantization::check() const {
+  scheme.check();
+  VERNIER_CHECK(scheme.granularity == Granularity::per_tensor && !scheme.is_fp8(),
+                "codes for a next layer are per_tensor integers, not ", to_string(scheme));
+  VERNIER_CHECK(scheme.symmetric == !zero_point.has_value(),
+                "output_zero_point goes with an asymmetric scheme, and only with one");
+}
+
+void int8_linear_into(const Int8LinearOperands& o,
+                      const std::optional<Requantization>& requantization, const Tensor& output) {
+  PreparedLinear prepared(o);
+  if (requantization) prepared.requantize(*requantization);
+  prepared.run_into(output);
+}
+
+void int8_epilogue_into(const Tensor& accumulators, const Int8LinearOperands& o,
+                        const std::optional<Requantization>& requantization, const Tensor& output) {
+  PreparedLinear prepared(accumulators, o);
+  if (requantization) prepared.requantize(*requantization);
+  prepared.run_into(output);
 }
 
 Int8GemmKernel int8_gemm_kernel([[maybe_unused]] int64_t m, [[maybe_unused]] int64_t n,

@@ -74,8 +74,8 @@ class DropIn : public torch::nn::Cloneable<Derived>, public QuantizedLayer {
     if (calibrated || before == Mode::observe) set_mode(before);
   }
 
-  torch::Tensor& float_weight() override { return weight; }
-  const torch::Tensor& float_bias() const override { return bias; }
+  torch::Tensor float_weight() const override { return weight; }
+  torch::Tensor float_bias() const override { return bias; }
 
   PlainOptions options;
   torch::Tensor weight;  ///< as in torch::nn; undefined where that has none

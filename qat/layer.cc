@@ -82,16 +82,6 @@ void QuantizedLayer::set_mode(Mode mode) {
   mode_ = mode;
 }
 
-Tensor& QuantizedLayer::float_weight() {
-  static thread_local Tensor none;
-  return none;
-}
-
-const Tensor& QuantizedLayer::float_bias() const {
-  static const Tensor none;
-  return none;
-}
-
 bool QuantizedLayer::is_fp8() const {
   for (const Quantizer* quantizer : {&weight_quantizer, &input_quantizer})
     if (*quantizer) return (*quantizer)->scheme().is_fp8();
@@ -104,7 +94,7 @@ Tensor QuantizedLayer::accumulators(at::TensorList) const {
 
 int64_t QuantizedLayer::accumulation_length(at::TensorList) const {
   if (!weight_codes_.defined() && !weight_quantizer) return 0;
-  const Tensor& weight = const_cast<QuantizedLayer*>(this)->float_weight();
+  const Tensor weight = float_weight();
   const int64_t channels = weight.size(weight_quantizer->axis());
   return channels ? weight.numel() / channels : 0;
 }
@@ -136,11 +126,13 @@ void QuantizedLayer::prepare_integer() {
 void QuantizedLayer::set_weight_codes(const Tensor& codes) {
   weight_codes_ = codes.contiguous();
   weight_sum_ = Tensor();
-  if (is_fp8() || !input_quantizer) return;
-  const int64_t axis = weight_quantizer->axis(), channels = codes.size(axis);
-  weight_sum_ = weight_codes_.movedim(axis, 0)
-                    .reshape({channels, channels ? codes.numel() / channels : 0})
-                    .sum(1, /*keepdim=*/false, torch::kInt);
+  if (!is_fp8() && input_quantizer) {
+    const int64_t axis = weight_quantizer->axis(), channels = codes.size(axis);
+    weight_sum_ = weight_codes_.movedim(axis, 0)
+                      .reshape({channels, channels ? codes.numel() / channels : 0})
+                      .sum(1, /*keepdim=*/false, torch::kInt);
+  }
+  weight_codes_changed();
 }
 
 void QuantizedLayer::end_copy(const std::optional<torch::Device>& device) {
@@ -151,7 +143,7 @@ void QuantizedLayer::end_copy(const std::optional<torch::Device>& device) {
 }
 
 void QuantizedLayer::load_weight_codes(const Tensor& codes) {
-  Tensor& weight = float_weight();
+  Tensor weight = float_weight();
   const Scheme& scheme = weight_quantizer->scheme();
   const torch::Dtype dtype = scheme.is_fp8() ? fp8_dtype(scheme.format) : torch::kChar;
   VERNIER_CHECK(codes.scalar_type() == dtype && codes.sizes() == weight.sizes(),
@@ -203,6 +195,10 @@ Tensor QuantizedLayer::run(at::TensorList inputs) {
 
 Tensor QuantizedLayer::run_in_mode(at::TensorList inputs) {
   if (mode_ == Mode::fake_quant) {
+    const Quantizer& any = weight_quantizer ? weight_quantizer : input_quantizer;
+    VERNIER_CHECK(!any || any->scale().device() == inputs[0].device(), "the input is on ",
+                  inputs[0].device(), " and the layer on ", any->scale().device(),
+                  ": move one of them with to()");
     check_inputs(inputs);
     return fake_quant_forward(inputs);
   }
@@ -213,7 +209,7 @@ Tensor QuantizedLayer::run_in_mode(at::TensorList inputs) {
       if (QuantizerImpl* quantizer = quantizer_of_input(i); quantizer && !chained(i))
         quantizer->observe(inputs[i]);
   }
-  const Tensor output = compute(inputs, float_weight(), float_bias());
+  const Tensor output = full_forward(inputs);
   if (observes && output_quantizer) output_quantizer->observe(output);
   return output;
 }
@@ -225,13 +221,22 @@ Tensor QuantizedLayer::integer_forward(at::TensorList inputs) const {
   return integer_compute(inputs);
 }
 
-Tensor QuantizedLayer::fake_quant_forward(at::TensorList inputs) {
+Tensor QuantizedLayer::full_forward(at::TensorList inputs) {
+  return compute(inputs, float_weight(), float_bias());
+}
+
+c10::SmallVector<Tensor, 2> QuantizedLayer::fake_quantized(at::TensorList inputs) {
   c10::SmallVector<Tensor, 2> quantized;
   for (size_t i = 0; i < inputs.size(); ++i) {
     QuantizerImpl* quantizer = quantizer_of_input(i);
     quantized.push_back(quantizer && !chained(i) ? quantizer->forward(inputs[i]) : inputs[i]);
   }
-  const Tensor& weight = float_weight();
+  return quantized;
+}
+
+Tensor QuantizedLayer::fake_quant_forward(at::TensorList inputs) {
+  const auto quantized = fake_quantized(inputs);
+  const Tensor weight = float_weight();
   const Tensor output = compute(
       quantized, weight_quantizer ? weight_quantizer->forward(weight) : weight, float_bias());
   return output_quantizer ? output_quantizer->forward(output) : output;
@@ -248,7 +253,7 @@ Tensor QuantizedLayer::finish(const Tensor& output) const {
 
 torch::Dtype QuantizedLayer::output_dtype(const Tensor& input) const {
   if (!is_codes(input)) return input.scalar_type();
-  const Tensor& weight = const_cast<QuantizedLayer*>(this)->float_weight();
+  const Tensor weight = float_weight();
   return weight.defined() ? weight.scalar_type() : torch::kFloat;
 }
 

@@ -43,6 +43,12 @@ class QuantizedLayer {
   /// The quantizers that the layer uses. Without that of an input that another layer has quantized
   /// (input_from()).
   virtual std::vector<NamedQuantizer> quantizers() const;
+  /// The settings nearest to `wanted` that the layer's kernels take for a quantizer of
+  /// quantizers(); what a recipe says for all layers goes through it.
+  virtual QuantizerSettings fitting(const std::string& /*quantizer*/,
+                                    const QuantizerSettings& wanted) const {
+    return wanted;
+  }
   /// The quantizer of an input; null where it is taken as it is.
   virtual QuantizerImpl* quantizer_of_input(size_t index) const;
 
@@ -65,15 +71,15 @@ class QuantizedLayer {
       std::function<void(const std::vector<torch::Tensor>& inputs, const torch::Tensor& output)>;
   void set_probe(Probe probe) { probe_ = std::move(probe); }
 
-  /// Full-precision weight; undefined where there is none.
-  virtual torch::Tensor& float_weight();
-  /// Bias; undefined where there is none.
-  virtual const torch::Tensor& float_bias() const;
+  /// Full-precision weight, as it is quantized; undefined where there is none.
+  virtual torch::Tensor float_weight() const { return {}; }
+  /// Bias that goes with it; undefined where there is none.
+  virtual torch::Tensor float_bias() const { return {}; }
   /// Codes in the weight's shape, int8, float8_e4m3fn or float8_e5m2; undefined before integer
   /// mode.
   const torch::Tensor& weight_codes() const { return weight_codes_; }
   /// Takes codes from a checkpoint; the float weight becomes their real values.
-  void load_weight_codes(const torch::Tensor& codes);
+  virtual void load_weight_codes(const torch::Tensor& codes);
 
   /// The layer in full precision on operands of any one floating-point dtype: torch::nn's function.
   /// In float64 it computes exact sums of products of codes, which is how the integer kernels are
@@ -108,9 +114,9 @@ class QuantizedLayer {
   /// has: chain() sets it.
   const std::string& input_from() const { return input_from_; }
   void set_input_from(const std::string& producer) { input_from_ = producer; }
-  /// Makes a batch norm that is folded into the layer use its running statistics from now on, in
-  /// training mode too, and leave them as they are.
-  virtual void freeze_batch_norm() {}
+  /// Makes a batch norm that is folded into the layer use its running statistics in training mode
+  /// too and leave them as they are, or no longer.
+  virtual void set_batch_norm_frozen(bool) {}
   /// The codes of an input: as it is where they arrive from a chain, else made of it.
   QuantizerImpl::Codes input_codes(size_t index, const torch::Tensor& input) const;
 
@@ -122,8 +128,12 @@ class QuantizedLayer {
   virtual void check_inputs(at::TensorList) const {}
   /// integer_forward() of inputs that fit.
   virtual torch::Tensor integer_compute(at::TensorList inputs) const = 0;
+  /// compute() on the operands as they are; modes full and observe.
+  virtual torch::Tensor full_forward(at::TensorList inputs);
   /// compute() on quantize-dequantized operands.
   virtual torch::Tensor fake_quant_forward(at::TensorList inputs);
+  /// The inputs quantize-dequantized, where they have quantizers.
+  c10::SmallVector<torch::Tensor, 2> fake_quantized(at::TensorList inputs);
   /// Throws Error where the kernels cannot run the schemes, and makes the weight's codes.
   virtual void prepare_integer();
   /// The output of an integer forward from its real values, or from its codes: codes where they are
@@ -135,6 +145,8 @@ class QuantizedLayer {
   /// Throws Error unless the weight's codes are there, on the device.
   void check_weight_codes(const torch::Tensor& input) const;
 
+  /// Called when the weight's codes are there, or have become others: for other forms of them.
+  virtual void weight_codes_changed() {}
   const torch::Tensor& weight_sum() const { return weight_sum_; }
   /// To be called on a copy: gives it codes of its own, on `device` where there is one, and takes
   /// the probe off.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <torch/nn/modules/linear.h>
-#include <vernier/qat/drop_in.h>
+#include <vernier/qat/batch_norm.h>
 
 #include <iosfwd>
 
@@ -14,7 +14,7 @@ namespace vernier::nn {
 ///
 /// Quantizers start as W8A8: weight int8 per output channel, input int8 per tensor, both min/max; a
 /// recipe changes them before calibration.
-class LinearImpl : public DropIn<LinearImpl, torch::nn::LinearImpl> {
+class LinearImpl : public Foldable<LinearImpl, torch::nn::LinearImpl> {
  public:
   LinearImpl(int64_t in_features, int64_t out_features)
       : LinearImpl(torch::nn::LinearOptions(in_features, out_features)) {}
@@ -40,6 +40,7 @@ class LinearImpl : public DropIn<LinearImpl, torch::nn::LinearImpl> {
 
  protected:
   std::shared_ptr<torch::nn::LinearImpl> plain() const override;
+  int64_t out_channels() const override { return options.out_features(); }
   void check_inputs(at::TensorList inputs) const override;
   torch::Tensor integer_compute(at::TensorList inputs) const override;
   torch::Tensor fake_quant_forward(at::TensorList inputs) override;

@@ -4,6 +4,9 @@
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <vernier/kernels/error.h>
+#include <vernier/qat/batch_norm.h>
+#include <vernier/qat/convolution.h>
+#include <vernier/qat/embedding.h>
 #include <vernier/qat/linear.h>
 #include <vernier/qat/prepare.h>
 
@@ -42,6 +45,14 @@ constexpr DropInType drop_in(const char* name) {
 
 constexpr std::array kDropIns = {
     drop_in<nn::LinearImpl, torch::nn::LinearImpl>("Linear"),
+    drop_in<nn::Conv1dImpl, torch::nn::Conv1dImpl>("Conv1d"),
+    drop_in<nn::Conv2dImpl, torch::nn::Conv2dImpl>("Conv2d"),
+    drop_in<nn::Conv3dImpl, torch::nn::Conv3dImpl>("Conv3d"),
+    drop_in<nn::ConvTranspose1dImpl, torch::nn::ConvTranspose1dImpl>("ConvTranspose1d"),
+    drop_in<nn::ConvTranspose2dImpl, torch::nn::ConvTranspose2dImpl>("ConvTranspose2d"),
+    drop_in<nn::ConvTranspose3dImpl, torch::nn::ConvTranspose3dImpl>("ConvTranspose3d"),
+    drop_in<nn::EmbeddingImpl, torch::nn::EmbeddingImpl>("Embedding"),
+    drop_in<nn::EmbeddingBagImpl, torch::nn::EmbeddingBagImpl>("EmbeddingBag"),
 };
 
 const DropInType* drop_in_of(const Module& module) {
@@ -72,9 +83,7 @@ bool stays_full(const QuantizationRules& rules, const std::string& name, const s
   return rule && !rule->quantize;
 }
 
-const Module& module_of(const QuantizedLayer& layer) {
-  return dynamic_cast<const Module&>(layer);
-}
+const Module& module_of(const QuantizedLayer& layer) { return dynamic_cast<const Module&>(layer); }
 
 QuantizerSettings at_8_bits(QuantizerSettings settings) {
   Scheme& scheme = settings.scheme;
@@ -92,8 +101,9 @@ struct Assignment {
   QuantizerSettings weights;
   QuantizerSettings activations;
 
-  const QuantizerSettings& settings_of(const QuantizerImpl& quantizer) const {
-    return quantizer.operand() == Operand::weight ? weights : activations;
+  QuantizerSettings settings_of(const NamedQuantizer& quantizer) const {
+    return item.layer->fitting(
+        quantizer.name, quantizer.quantizer->operand() == Operand::weight ? weights : activations);
   }
 };
 
@@ -145,11 +155,12 @@ void check_patterns(const std::vector<NamedLayer>& layers, const QuantizationRul
     check(concat("skip '", pattern, "'"),
           [&](const std::string& name, const std::string&) { return matches(pattern, name); });
   for (const LayerRule& rule : rules.rules)
-    check(concat("the rule for '", rule.match, "'", rule.type.empty() ? "" : " of type ", rule.type),
-          [&](const std::string& name, const std::string& type) {
-            return matches(rule.match, name) &&
-                   (rule.type.empty() || type.empty() || rule.type == type);
-          });
+    check(
+        concat("the rule for '", rule.match, "'", rule.type.empty() ? "" : " of type ", rule.type),
+        [&](const std::string& name, const std::string& type) {
+          return matches(rule.match, name) &&
+                 (rule.type.empty() || type.empty() || rule.type == type);
+        });
 }
 
 void assign(const Assignment& assignment) {
@@ -158,7 +169,7 @@ void assign(const Assignment& assignment) {
   layer.set_mode(Mode::full);
   layer.set_quantized(assignment.quantize);
   for (const auto& item : layer.quantizers())
-    item.quantizer->set_settings(assignment.settings_of(*item.quantizer));
+    item.quantizer->set_settings(assignment.settings_of(item));
 }
 
 // ---- Swapping -----------------------------------------------------------------------------------
@@ -259,8 +270,9 @@ void apply_rules(const Module& model, const QuantizationRules& rules) {
 
 PrepareReport prepare(Module& model, const QuantizationRules& rules) {
   PrepareReport report;
-  VERNIER_CHECK(!drop_in_of(model) && !dynamic_cast<QuantizedLayer*>(&model), "the model is itself a ",
-                type_name(model), ": make it a vernier::nn::", type_name(model),
+  VERNIER_CHECK(!drop_in_of(model) && !dynamic_cast<QuantizedLayer*>(&model),
+                "the model is itself a ", type_name(model),
+                ": make it a vernier::nn::", type_name(model),
                 " and put it into a torch::nn::Sequential");
   std::set<std::string> replaced;
   {
@@ -311,7 +323,7 @@ PrepareReport prepare(Module& model, const QuantizationRules& rules) {
     const QuantizedLayer& layer = *assignment.item.layer;
     if (layer.quantized() != assignment.quantize) return false;
     for (const auto& item : layer.quantizers()) {
-      QuantizerSettings wanted = assignment.settings_of(*item.quantizer);
+      QuantizerSettings wanted = assignment.settings_of(item);
       const QuantizerSettings& settings = item.quantizer->settings();
       // A training session freezes averages.
       if (wanted.policy == RangePolicy::moving_average) wanted.policy = settings.policy;
@@ -326,6 +338,7 @@ PrepareReport prepare(Module& model, const QuantizationRules& rules) {
                   "or apply the recipe, which forgets them");
   for (const Assignment& assignment : all)
     if (!has_scales(*assignment.item.layer)) assign(assignment);
+  report.folded = fold_batch_norms(model);
   return report;
 }
 
@@ -347,6 +360,7 @@ void convert(Module& model) {
   VERNIER_CHECK(any, "the model has no quantized layer: prepare it, and train or calibrate it");
   VERNIER_CHECK(uncalibrated.empty(), "layers without scales: ", uncalibrated,
                 ": train or calibrate the model with data that uses them, or skip them");
+  merge_batch_norms(model);
   set_mode(model, Mode::integer);
 }
 
@@ -360,6 +374,7 @@ std::ostream& operator<<(std::ostream& stream, const PrepareReport& report) {
   line("replaced", report.replaced);
   line("quantized layers already", report.already);
   line("left in full precision", report.skipped);
+  line("with the batch norm behind it folded in", report.folded);
   for (const auto& [name, type, remedy] : report.unreachable)
     stream << "not reached: " << name << " (" << type << "): " << remedy << '\n';
   return stream;

@@ -50,17 +50,21 @@ struct PrepareReport {
     std::string type;
     std::string remedy;  ///< what to change in the program
   };
-  std::vector<std::string> replaced;     ///< layers of torch::nn that became vernier::nn's
-  std::vector<std::string> already;      ///< layers that were vernier::nn's
-  std::vector<std::string> skipped;      ///< of both, those that stay in full precision
-  std::vector<Unreachable> unreachable;  ///< stay in full precision because of how the model is made
+  std::vector<std::string> replaced;  ///< layers of torch::nn that became vernier::nn's
+  std::vector<std::string> already;   ///< layers that were vernier::nn's
+  std::vector<std::string> skipped;   ///< of both, those that stay in full precision
+  std::vector<std::string> folded;    ///< layers that a batch norm was folded into
+  std::vector<Unreachable>
+      unreachable;  ///< stay in full precision because of how the model is made
 };
 /// A line for every kind, and one for every layer that could not be reached.
 std::ostream& operator<<(std::ostream& stream, const PrepareReport& report);
 
 /// Makes a model ready for quantization-aware training: layers of torch::nn that vernier::nn has a
 /// drop-in for are swapped for it in Sequential, ModuleList, ModuleDict and among registered
-/// children, wherever they are registered; then all quantized layers get their settings. The
+/// children, wherever they are registered; then all quantized layers get their settings, as near as
+/// each can follow them (QuantizedLayer::fitting), and batch norms that directly follow one in a
+/// Sequential are folded into it (batch_norm.h). The
 /// drop-ins take over the parameters, the same tensors, so that nothing is drawn anew and an
 /// optimizer that is there goes on; learned scales are new parameters, though: make the optimizer
 /// after this.
@@ -70,8 +74,8 @@ std::ostream& operator<<(std::ostream& stream, const PrepareReport& report);
 /// names it with the change to make: declare the member as vernier::nn::Linear. So it does with
 /// layers of other types that hold a matrix.
 ///
-/// A model that is prepared already is left as it is, scales and modes too. Throws Error, naming the
-/// layer, when it was prepared with other settings and has its scales; and as apply_rules().
+/// A model that is prepared already is left as it is, scales and modes too. Throws Error, naming
+/// the layer, when it was prepared with other settings and has its scales; and as apply_rules().
 PrepareReport prepare(torch::nn::Module& model, const QuantizationRules& rules);
 template <typename Contained>
 PrepareReport prepare(const torch::nn::ModuleHolder<Contained>& model,
@@ -79,7 +83,8 @@ PrepareReport prepare(const torch::nn::ModuleHolder<Contained>& model,
   return prepare(*model.ptr(), rules);
 }
 
-/// Puts a trained model into mode integer. Throws Error when it is in training mode, has no
+/// Puts a trained model into mode integer, after merging the batch norms that were folded
+/// (merge_batch_norms): training ends here. Throws Error when it is in training mode, has no
 /// quantized layer, or one without scales (names them all), and as set_mode().
 void convert(torch::nn::Module& model);
 template <typename Contained>

@@ -74,6 +74,12 @@ void QuantizerSettings::check() const {
   }
 }
 
+QuantizerSettings for_whole_tensor(QuantizerSettings settings) {
+  if (settings.scheme.granularity == Granularity::per_token)
+    settings.scheme.granularity = Granularity::per_tensor;
+  return settings;
+}
+
 QuantizerImpl::QuantizerImpl(const QuantizerSettings& settings, int64_t axis, Operand operand)
     : settings_(settings), axis_(axis), operand_(operand) {
   settings_.check();

@@ -5,6 +5,7 @@
 #include <torch/nn/pimpl.h>
 #include <vernier/calibration/calibrators.h>
 #include <vernier/calibration/observer.h>
+#include <vernier/kernels/code_tensor.h>
 #include <vernier/kernels/linear_training.h>
 
 #include <memory>
@@ -42,6 +43,9 @@ struct QuantizerSettings {
   void check() const;
   bool operator==(const QuantizerSettings&) const = default;
 };
+
+/// The same settings with one scale for the whole tensor in place of one a token.
+QuantizerSettings for_whole_tensor(QuantizerSettings settings);
 
 /// What a quantizer quantizes: LSQ's gradient scale counts the elements of a weight, but of an
 /// activation those of one sample, index of the first axis (Esser 2020, section 2.2).
@@ -139,6 +143,8 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   Codes codes(const torch::Tensor& values) const;
   /// Real values of codes made with a scale that is not dynamic.
   torch::Tensor dequantize(const torch::Tensor& codes, torch::Dtype dtype) const;
+  /// What such codes stand for, for operations on codes.
+  CodeScale code_scale() const { return {scale().detach(), zero_point(), settings_.scheme, axis_}; }
 
  private:
   bool learns() const { return settings_.policy == RangePolicy::learned; }

@@ -8,6 +8,7 @@
 #include <vernier/qat/session.h>
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 
 namespace vernier {
@@ -46,9 +47,9 @@ std::vector<std::string> architecture_of(const Module& model) {
       lines.push_back(concat("tensor '", item.key(), "' ", item.value().sizes(), " ",
                              c10::toString(item.value().scalar_type())));
   for (const auto& [name, layer] : quantized_layers(model))
-    lines.push_back(
-        concat("layer '", name, "' ", type_name(dynamic_cast<const Module&>(*layer)),
-               layer->input_from().empty() ? "" : concat(" chained to '", layer->input_from(), "'")));
+    lines.push_back(concat(
+        "layer '", name, "' ", type_name(dynamic_cast<const Module&>(*layer)),
+        layer->input_from().empty() ? "" : concat(" chained to '", layer->input_from(), "'")));
   return lines;
 }
 
@@ -73,8 +74,7 @@ std::vector<std::string> recipe_of(const Module& model) {
 // Freezing changes a policy on the way, so sessions compare what they began with.
 void check_same(const std::vector<std::string>& saved, const std::vector<std::string>& mine,
                 const char* what) {
-  const auto [theirs, ours] =
-      std::mismatch(saved.begin(), saved.end(), mine.begin(), mine.end());
+  const auto [theirs, ours] = std::mismatch(saved.begin(), saved.end(), mine.begin(), mine.end());
   if (theirs == saved.end() && ours == mine.end()) return;
   throw Error(concat("the session was saved with another ", what, ": it has ",
                      theirs == saved.end() ? "nothing more" : *theirs, " where this model has ",
@@ -109,9 +109,7 @@ int64_t read_int(InputArchive& archive, const std::string& key) {
 
 // ---- Observers ----------------------------------------------------------------------------------
 
-Tensor tensor_of(const std::vector<int64_t>& values) {
-  return torch::tensor(values, torch::kLong);
-}
+Tensor tensor_of(const std::vector<int64_t>& values) { return torch::tensor(values, torch::kLong); }
 
 void write_statistics(OutputArchive& archive, const SiteStatistics& statistics) {
   const Histogram& histogram = statistics.histogram;
@@ -143,12 +141,20 @@ SiteStatistics read_statistics(InputArchive& archive) {
   const int64_t* tally = tallies.const_data_ptr<int64_t>();
   const float* bound = bounds.const_data_ptr<float>();
   SiteStatistics statistics;
-  statistics.histogram =
-      Histogram({count, count + counts.numel()}, static_cast<int32_t>(tally[0]),
-                {bound[0], bound[1]}, tally[1], tally[2], tally[3]);
+  statistics.histogram = Histogram({count, count + counts.numel()}, static_cast<int32_t>(tally[0]),
+                                   {bound[0], bound[1]}, tally[1], tally[2], tally[3]);
   for (int64_t i = 2; i < bounds.numel(); i += 2)
     statistics.channels.push_back({bound[i], bound[i + 1]});
   return statistics;
+}
+
+// Calls f with a module as the batch norm it is; false where it is none.
+template <typename F>
+bool with_batch_norm(Module& module, const F& f) {
+  if (auto* norm = dynamic_cast<torch::nn::BatchNorm1dImpl*>(&module)) return f(*norm), true;
+  if (auto* norm = dynamic_cast<torch::nn::BatchNorm2dImpl*>(&module)) return f(*norm), true;
+  if (auto* norm = dynamic_cast<torch::nn::BatchNorm3dImpl*>(&module)) return f(*norm), true;
+  return false;
 }
 
 // ---- Random generators --------------------------------------------------------------------------
@@ -182,6 +188,14 @@ TrainingSession::TrainingSession(Module& model, const SessionSettings& settings)
     twin_->eval();
     for (Tensor& parameter : twin_->parameters()) parameter.set_requires_grad(false);
   }
+  for (const auto& item : layers_)
+    for (const auto& named : item.layer->quantizers())
+      initial_settings_.push_back(named.quantizer->settings());
+  for (const auto& module : model.modules(/*include_self=*/false)) {
+    std::optional<double> momentum;
+    if (with_batch_norm(*module, [&](auto& norm) { momentum = norm.options.momentum(); }))
+      batch_norms_.push_back({module, momentum});
+  }
   architecture_ = architecture_of(model);
   recipe_ = recipe_of(model);
   begin();
@@ -190,12 +204,12 @@ TrainingSession::TrainingSession(Module& model, const SessionSettings& settings)
 TrainingSession::~TrainingSession() { unwatch(); }
 
 void TrainingSession::begin() {
-  check_every_ = settings_.check_every > 0 ? settings_.check_every
+  check_every_ = settings_.check_every > 0    ? settings_.check_every
                  : device_of(model_).is_cpu() ? 1
                                               : kGpuCheckEvery;
   set_mode(model_, calibrating() ? Mode::observe : Mode::fake_quant);
   if (frozen(settings_.freeze_observers_at)) freeze_observers();
-  if (frozen(settings_.freeze_batch_norm_at)) freeze_batch_norm();
+  if (frozen(settings_.freeze_batch_norm_at)) set_batch_norm_frozen(true);
   watch();
 }
 
@@ -204,7 +218,7 @@ void TrainingSession::step(const Tensor& loss) {
   if (checks_after(steps_)) check(loss);
   if (steps_ == settings_.calibration_batches) start_fake_quant();
   if (steps_ == settings_.freeze_observers_at) freeze_observers();
-  if (frozen(settings_.freeze_batch_norm_at)) freeze_batch_norm();
+  if (frozen(settings_.freeze_batch_norm_at)) set_batch_norm_frozen(true);
   watch();
 }
 
@@ -222,23 +236,19 @@ void TrainingSession::freeze_observers() {
         quantizer->set_policy(RangePolicy::frozen);
 }
 
-void TrainingSession::freeze_batch_norm() {
-  for (const auto& item : layers_) item.layer->freeze_batch_norm();
-  const auto freeze = [](auto* norm) {
-    if (!norm) return;
-    norm->eval();
-    norm->options.momentum(0.0);  // were it put into training mode, nothing would be lost
-  };
-  for (const auto& module : model_.modules(/*include_self=*/false)) {
-    freeze(dynamic_cast<torch::nn::BatchNorm1dImpl*>(module.get()));
-    freeze(dynamic_cast<torch::nn::BatchNorm2dImpl*>(module.get()));
-    freeze(dynamic_cast<torch::nn::BatchNorm3dImpl*>(module.get()));
-  }
+void TrainingSession::set_batch_norm_frozen(bool frozen) {
+  for (const auto& item : layers_) item.layer->set_batch_norm_frozen(frozen);
+  for (const auto& [module, momentum] : batch_norms_)
+    with_batch_norm(*module, [&, &momentum = momentum](auto& norm) {
+      norm.train(!frozen && model_.is_training());
+      // Were it put into training mode for one batch, its statistics would not move.
+      norm.options.momentum(frozen ? std::optional<double>(0.0) : momentum);
+    });
 }
 
 void TrainingSession::train() {
   model_.train();
-  if (frozen(settings_.freeze_batch_norm_at)) freeze_batch_norm();
+  if (frozen(settings_.freeze_batch_norm_at)) set_batch_norm_frozen(true);
 }
 
 void TrainingSession::watch() {
@@ -250,14 +260,21 @@ void TrainingSession::watch() {
       item.layer->set_probe(nullptr);
       continue;
     }
-    item.layer->set_probe([this, name = item.name](const std::vector<Tensor>&,
-                                                   const Tensor& output) {
-      if (!output.is_floating_point()) return;
-      // NaN and infinities survive a sum. One number for the whole output, and no waiting for it.
-      const Tensor finite = output.detach().sum(torch::kFloat).isfinite();
-      const std::lock_guard probe_lock(watched_mutex_);
-      watched_.push_back({name, finite});
-    });
+    item.layer->set_probe(
+        [this, name = item.name](const std::vector<Tensor>& inputs, const Tensor& output) {
+          // NaN and infinities survive a sum: one number for a tensor, and no waiting for it.
+          const torch::NoGradGuard no_grad;
+          const auto add = [](Tensor& sum, const Tensor& values) {
+            if (!values.defined() || !values.is_floating_point()) return;
+            const Tensor mine = values.sum(torch::kFloat);
+            sum = sum.defined() ? sum + mine : mine;
+          };
+          Watched record{name, {}, {}};
+          for (const Tensor& input : inputs) add(record.inputs, input);
+          add(record.outputs, output);
+          const std::lock_guard probe_lock(watched_mutex_);
+          watched_.push_back(std::move(record));
+        });
   }
 }
 
@@ -266,18 +283,29 @@ void TrainingSession::unwatch() {
 }
 
 void TrainingSession::check(const Tensor& loss) {
-  if (loss.defined() && !loss.detach().isfinite().all().item<bool>()) {
-    const std::string value = concat("the loss is ", loss.detach().sum().item<double>(),
-                                     " at step ", steps_);
+  std::vector<Watched> watched;
+  {
     const std::lock_guard lock(watched_mutex_);
-    for (const Watched& output : watched_)
-      VERNIER_CHECK(output.finite.item<bool>(), value, ": layer '", output.layer,
+    watched.swap(watched_);
+  }
+  const auto value_of = [](const Tensor& sum) { return sum.defined() ? sum.item<float>() : 0.0f; };
+  if (loss.defined() && !loss.detach().isfinite().all().item<bool>()) {
+    const std::string value =
+        concat("the loss is ", std::abs(loss.detach().sum().item<double>()), " at step ", steps_);
+    for (const Watched& layer : watched)
+      VERNIER_CHECK(std::isfinite(value_of(layer.outputs)), value, ": layer '", layer.layer,
                     "' was the first whose output was not finite: check the batch and what comes "
                     "before the layer, lower the learning rate or clip gradients, and go back to "
                     "the last checkpoint");
-    throw Error(concat(value, ": the outputs of all quantized layers were finite: look at what "
-                              "comes after them, and at the loss function"));
+    throw Error(concat(value,
+                       ": the outputs of all quantized layers were finite: look at what "
+                       "comes after them, and at the loss function"));
   }
+  for (const Watched& layer : watched)
+    VERNIER_CHECK(!std::isnan(value_of(layer.inputs)), "layer '", layer.layer,
+                  "' was given NaN at step ", steps_,
+                  ", which quantization hides from the loss: check the batch and what comes before "
+                  "the layer, and go back to the last checkpoint");
   for (const auto& [name, layer] : layers_) {
     for (const auto& [what, quantizer] : layer->quantizers()) {
       if (!quantizer->calibrated()) continue;
@@ -349,7 +377,8 @@ void TrainingSession::write(OutputArchive& archive,
 
 void TrainingSession::load(const std::filesystem::path& path, torch::optim::Optimizer* optimizer) {
   const std::string where = path.string();
-  VERNIER_CHECK(std::filesystem::exists(path), where, " does not exist: save a session there first");
+  VERNIER_CHECK(std::filesystem::exists(path), where,
+                " does not exist: save a session there first");
   try {
     InputArchive archive;
     archive.load_from(where, device_of(model_));
@@ -357,19 +386,19 @@ void TrainingSession::load(const std::filesystem::path& path, torch::optim::Opti
   } catch (const Error& error) {
     throw Error(concat(where, ": ", error.what()));
   } catch (const c10::Error& error) {
-    throw Error(concat(where, " is no session of this program, or damaged: ",
-                       error.what_without_backtrace()));
+    throw Error(concat(
+        where, " is no session of this program, or damaged: ", error.what_without_backtrace()));
   }
 }
 
 void TrainingSession::read(InputArchive& archive, torch::optim::Optimizer* optimizer) {
   c10::IValue value;
-  VERNIER_CHECK(archive.try_read("format", value) && value.isString() &&
-                    value.toStringRef() == kFormat,
-                "it is no training session: save one with TrainingSession::save");
+  VERNIER_CHECK(
+      archive.try_read("format", value) && value.isString() && value.toStringRef() == kFormat,
+      "it is no training session: save one with TrainingSession::save");
   const int64_t version = read_int(archive, "version");
-  VERNIER_CHECK(version == kVersion, "it has version ", version,
-                " and this program reads version ", kVersion);
+  VERNIER_CHECK(version == kVersion, "it has version ", version, " and this program reads version ",
+                kVersion);
   check_same(split(read_string(archive, "architecture")), architecture_, "architecture");
   check_same(split(read_string(archive, "recipe")), recipe_, "recipe");
   InputArchive twin, optimizer_state;
@@ -390,9 +419,11 @@ void TrainingSession::read(InputArchive& archive, torch::optim::Optimizer* optim
 
   unwatch();
   set_mode(model_, Mode::full);
+  if (frozen(settings_.freeze_batch_norm_at)) set_batch_norm_frozen(false);
+  auto settings = initial_settings_.begin();
   for (const auto& item : layers_) {  // without scales, so that the archive's are all there is
     for (const auto& [what, quantizer] : item.layer->quantizers()) {
-      quantizer->set_settings(QuantizerSettings(quantizer->settings()));
+      quantizer->set_settings(*settings++);
       quantizer->observer().reset();
     }
   }
@@ -412,7 +443,10 @@ void TrainingSession::read(InputArchive& archive, torch::optim::Optimizer* optim
         quantizer->observer().add(read_statistics(observer));
     }
   }
-  if (optimizer) optimizer->load(optimizer_state);
+  if (optimizer) {
+    optimizer->state().clear();  // loading adds to what is there
+    optimizer->load(optimizer_state);
+  }
   steps_ = saved[0];
   settings_.calibration_batches = saved[1];
   settings_.freeze_observers_at = saved[2];

@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,16 +17,16 @@ namespace vernier {
 
 /// The schedule, in steps of the optimizer from the start of the session.
 struct SessionSettings {
-  int64_t calibration_batches = 8;   ///< steps in full precision while observers gather; then every
-                                     ///< range is set and fake-quantization begins. 0: the model has
-                                     ///< its ranges
-  int64_t freeze_observers_at = -1;  ///< from this step on moving averages stay; -1: never
-  int64_t freeze_batch_norm_at = -1;  ///< from this step on batch norms use their running statistics
-                                      ///< and leave them as they are (Krishnamoorthi 2018, arXiv
-                                      ///< 1806.08342, section 3.2.2); -1: never
-  int64_t check_every = 0;  ///< steps between looks at the loss and the learned scales, each of which
-                            ///< makes the host wait for the GPU; 0: 1 on the CPU, 50 on a GPU
-  bool keep_twin = false;   ///< keep the full-precision model as it is at the start, to learn from
+  int64_t calibration_batches = 8;  ///< steps in full precision while observers gather; then every
+                                    ///< range is set and fake-quantization begins. 0: the model has
+                                    ///< its ranges
+  int64_t freeze_observers_at = -1;   ///< from this step on moving averages stay; -1: never
+  int64_t freeze_batch_norm_at = -1;  ///< from this step on batch norms use their running
+                                      ///< statistics and leave them as they are (Krishnamoorthi
+                                      ///< 2018, arXiv 1806.08342, section 3.2.2); -1: never
+  int64_t check_every = 0;  ///< steps between looks at the loss and the learned scales, each of
+                            ///< which makes the host wait for the GPU; 0: 1 on the CPU, 50 on a GPU
+  bool keep_twin = false;  ///< keep the full-precision model as it is at the start, to learn from
 
   bool operator==(const SessionSettings&) const = default;
 };
@@ -49,8 +50,8 @@ struct SessionSettings {
 class TrainingSession {
  public:
   /// Puts the model into mode observe, or fake_quant where calibration_batches is 0. Throws Error
-  /// when the model has no quantized layer, a layer has no scale though nothing is to be calibrated,
-  /// a setting is out of range, or the twin is wanted of a model that cannot be cloned.
+  /// when the model has no quantized layer, a layer has no scale though nothing is to be
+  /// calibrated, a setting is out of range, or the twin is wanted of a model that cannot be cloned.
   explicit TrainingSession(torch::nn::Module& model, const SessionSettings& settings = {});
   ~TrainingSession();
   TrainingSession(const TrainingSession&) = delete;
@@ -58,6 +59,7 @@ class TrainingSession {
 
   /// To be called after every step of the optimizer; `loss` is the step's. Throws Error
   ///   when the loss is NaN or infinite: names the first layer whose output was;
+  ///   when a layer is given NaN, which its quantizer would hide behind a code: names it;
   ///   when a learned scale has become zero, negative or NaN: names the layer;
   ///   at the end of calibration, when a layer was never reached or saw NaN: names it.
   /// What the loss and the scales were before check_every let it look is not found out.
@@ -85,8 +87,8 @@ class TrainingSession {
   /// Writes all that the training depends on: parameters and buffers of the model and the twin,
   /// scales, zero points, averages and observers, policies, the schedule and where it is, the
   /// default random generators (CPU and the model's device) and, where given, the optimizer. What
-  /// resumes from it goes on as if it had not been stopped, bit for bit, if the batches do. The file
-  /// appears whole or not at all.
+  /// resumes from it goes on as if it had not been stopped, bit for bit, if the batches do. The
+  /// file appears whole or not at all.
   void save(const std::filesystem::path& path,
             const torch::optim::Optimizer* optimizer = nullptr) const;
   /// Takes it back, schedule included, into a model that was made and prepared in the same way.
@@ -99,7 +101,7 @@ class TrainingSession {
   void begin();
   void start_fake_quant();
   void freeze_observers();
-  void freeze_batch_norm();
+  void set_batch_norm_frozen(bool frozen);
   bool frozen(int64_t at) const { return at >= 0 && steps_ >= at; }
   bool checks_after(int64_t steps) const { return steps % check_every_ == 0; }
   void watch();
@@ -113,13 +115,19 @@ class TrainingSession {
 
   struct Watched {
     std::string layer;
-    torch::Tensor finite;  // bool, on the device
+    torch::Tensor inputs, outputs;  // sums, which NaN and infinities survive; on the device
+  };
+  struct BatchNorm {
+    std::shared_ptr<torch::nn::Module> module;
+    std::optional<double> momentum;
   };
 
   torch::nn::Module& model_;
   SessionSettings settings_;
   std::vector<NamedLayer> layers_;
   std::shared_ptr<torch::nn::Module> twin_;
+  std::vector<QuantizerSettings> initial_settings_;  // of all quantizers, in order
+  std::vector<BatchNorm> batch_norms_;
   std::vector<std::string> architecture_;  // a line for every tensor and layer
   std::vector<std::string> recipe_;        // a line for every quantizer
   int64_t steps_ = 0;
@@ -130,8 +138,8 @@ class TrainingSession {
 
 /// Cross entropy of the student's distribution under the teacher's, both softened by a temperature,
 /// less the teacher's entropy, times the temperature squared (Hinton 2015, arXiv 1503.02531): the
-/// mean over rows of KL(teacher || student). Logits [..., classes] of equal shapes; no gradient goes
-/// to the teacher.
+/// mean over rows of KL(teacher || student). Logits [..., classes] of equal shapes; no gradient
+/// goes to the teacher.
 torch::Tensor distillation_loss(const torch::Tensor& student, const torch::Tensor& teacher,
                                 double temperature = 1.0);
 

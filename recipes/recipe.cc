@@ -53,18 +53,18 @@ QuantizerSettings parse_settings(const YAML::Node& node, const std::string& wher
                                  const QuantizerSettings& base) {
   Fields fields(node, where);
   QuantizerSettings settings;
-  const NumberFormat format = number_format_from_string(
-      fields.get<std::string>("format", to_string(base.scheme.format)));
+  const NumberFormat format =
+      number_format_from_string(fields.get<std::string>("format", to_string(base.scheme.format)));
   const int bits = fields.get("bits", base.scheme.bits);
   const Granularity granularity = granularity_from_string(
       fields.get<std::string>("granularity", to_string(base.scheme.granularity)));
   VERNIER_CHECK(bits >= 2 && bits <= 8, where, ": bits must be 2 to 8, not ", bits);
   const bool symmetric = fields.get("symmetric", base.scheme.symmetric);
-  settings.scheme =
-      symmetric_scheme(bits, granularity, fields.get<int64_t>("group_size", base.scheme.group_size));
+  settings.scheme = symmetric_scheme(bits, granularity,
+                                     fields.get<int64_t>("group_size", base.scheme.group_size));
   const bool as_base = bits == base.scheme.bits && symmetric == base.scheme.symmetric;
-  settings.scheme.narrow_range = fields.get(
-      "narrow_range", as_base ? base.scheme.narrow_range : settings.scheme.narrow_range);
+  settings.scheme.narrow_range =
+      fields.get("narrow_range", as_base ? base.scheme.narrow_range : settings.scheme.narrow_range);
   settings.scheme.format = format;
   if (!symmetric) settings.scheme.symmetric = settings.scheme.narrow_range = false;
   settings.scheme.dynamic = granularity == Granularity::per_token;
@@ -130,8 +130,8 @@ std::vector<LayerRule> parse_rules(const YAML::Node& node, const Recipe& recipe,
     fields.done();
     VERNIER_CHECK(rule.match != "*" || !rule.type.empty(), where,
                   " matches every layer: give a name to 'match' or a 'type'");
-    check_runs(rule.weights.value_or(recipe.weights),
-               rule.activations.value_or(recipe.activations), where);
+    check_runs(rule.weights.value_or(recipe.weights), rule.activations.value_or(recipe.activations),
+               where);
     rules.push_back(std::move(rule));
   }
   return rules;

@@ -83,8 +83,9 @@ TEST_F(QatQuantizer, LearnedGradientsAreThoseOfAFloat64Reference) {
     const int64_t per_scale = 48 / quantizer->scale().numel();
     const double scaling = 1 / std::sqrt(static_cast<double>(per_scale) * scheme.qmax());
     const double terms = g.abs().sum().item<double>() * (1 << scheme.bits);
-    EXPECT_LE((parameters["learned_scale"].grad() - scaling * s64.grad()).abs().max().item<double>(),
-              scaling * terms * std::ldexp(1, -22));
+    EXPECT_LE(
+        (parameters["learned_scale"].grad() - scaling * s64.grad()).abs().max().item<double>(),
+        scaling * terms * std::ldexp(1, -22));
     ASSERT_EQ(parameters.contains("learned_zero_point"), !scheme.symmetric);
     if (!scheme.symmetric) {
       EXPECT_LE((parameters["learned_zero_point"].grad() - scaling * z64.grad())
@@ -171,8 +172,8 @@ TEST_F(QatQuantizer, LearnedRangesAreParametersBeforeTheyAreCalibrated) {
   }
   EXPECT_LT(last, 0.9 * first);
   EXPECT_FALSE(torch::equal(layer->weight_quantizer->scale(), scale));
-  EXPECT_FALSE(torch::equal(layer->named_parameters()["input_quantizer.learned_zero_point"],
-                            zero_point));
+  EXPECT_FALSE(
+      torch::equal(layer->named_parameters()["input_quantizer.learned_zero_point"], zero_point));
   // The integer mode rounds the zero point as fake-quantization does.
   layer->eval();
   const torch::NoGradGuard no_grad;
@@ -271,10 +272,11 @@ TEST_F(QatQuantizer, ArchivesAndClonesKeepWhatWasLearned) {
           torch::equal(quantizer->named_buffers()["average"], other->named_buffers()["average"]));
       // They go on alike: averages too.
       for (const double factor : {1.0, 5.0, 0.1})
-        EXPECT_TRUE(torch::equal(Quantizer(std::dynamic_pointer_cast<QuantizerImpl>(
-                                     quantizer->clone()))->forward(factor * x),
-                                 Quantizer(std::dynamic_pointer_cast<QuantizerImpl>(
-                                     other->clone()))->forward(factor * x)));
+        EXPECT_TRUE(
+            torch::equal(Quantizer(std::dynamic_pointer_cast<QuantizerImpl>(quantizer->clone()))
+                             ->forward(factor * x),
+                         Quantizer(std::dynamic_pointer_cast<QuantizerImpl>(other->clone()))
+                             ->forward(factor * x)));
     }
     quantizer->to(torch::kBFloat16);
     EXPECT_EQ(quantizer->scale().scalar_type(), torch::kFloat);
@@ -337,8 +339,8 @@ TEST_F(QatQuantizer, AveragesPerChannel) {
   const Tensor x = torch::randn({5, 3, 4});
   quantizer->calibrate(x);
   quantizer->forward(2 * x);
-  EXPECT_TRUE(torch::allclose(quantizer->scale(),
-                              (2 * x).abs().amax(at::IntArrayRef{0, 2}) / 127.0, 1e-6, 0));
+  EXPECT_TRUE(torch::allclose(quantizer->scale(), (2 * x).abs().amax(at::IntArrayRef{0, 2}) / 127.0,
+                              1e-6, 0));
 }
 
 // ---- Scales that follow, and dynamic ones -------------------------------------------------------
@@ -348,8 +350,7 @@ TEST_F(QatQuantizer, FollowingScalesAreTheTensorsOwn) {
   for (const Scheme& scheme :
        {symmetric_scheme(8), symmetric_scheme(4, Granularity::per_channel),
         symmetric_scheme(4, Granularity::per_group, 4),
-        fp8_scheme(NumberFormat::e4m3, Granularity::per_channel),
-        fp8_scheme(NumberFormat::e5m2)}) {
+        fp8_scheme(NumberFormat::e4m3, Granularity::per_channel), fp8_scheme(NumberFormat::e5m2)}) {
     SCOPED_TRACE(to_string(scheme));
     Quantizer moving(following(scheme), 0, Operand::weight);
     EXPECT_TRUE(moving->calibrated());
@@ -367,8 +368,7 @@ TEST_F(QatQuantizer, FollowingScalesAreTheTensorsOwn) {
 
 TEST_F(QatQuantizer, FollowingWeightsReachIntegerModeUpToDate) {
   nn::Linear layer(8, 5);
-  layer->weight_quantizer->set_settings(
-      following(symmetric_scheme(8, Granularity::per_channel)));
+  layer->weight_quantizer->set_settings(following(symmetric_scheme(8, Granularity::per_channel)));
   layer->input_quantizer->set_ranges({{-3, 3}}, torch::kCPU);
   layer->set_mode(Mode::fake_quant);
   const torch::NoGradGuard no_grad;
@@ -467,6 +467,15 @@ TEST_F(QatQuantizer, BatchesOfAnySizeTrain) {
   }
 }
 
+TEST_F(QatQuantizer, InputsOnAnotherDeviceAreRefused) {
+  torch::nn::Sequential model(trainable());
+  set_mode(*model, Mode::fake_quant);
+  const std::string message =
+      message_of([&] { model->forward(torch::empty({3, 8}, torch::kMeta)); });
+  EXPECT_CONTAINS(message, "layer '0'");
+  EXPECT_CONTAINS(message, "the input is on meta and the layer on cpu");
+}
+
 // ---- The start of learned steps -----------------------------------------------------------------
 
 TEST_F(QatQuantizer, LsqCalibratorIsTwoMeansOverTheRootOfQmax) {
@@ -480,12 +489,12 @@ TEST_F(QatQuantizer, LsqCalibratorIsTwoMeansOverTheRootOfQmax) {
     EXPECT_NEAR(quantizer->scale().item<double>(), expected, 1e-3 * expected);
   }
   EXPECT_EQ(calibration_method_from_string("lsq"), CalibrationMethod::lsq);
-  EXPECT_CONTAINS(message_of([&] {
-                    Quantizer quantizer(
-                        QuantizerSettings{asymmetric_scheme(4), {CalibrationMethod::lsq}});
-                    quantizer->calibrate(x);
-                  }),
-                  "symmetric");
+  EXPECT_CONTAINS(
+      message_of([&] {
+        Quantizer quantizer(QuantizerSettings{asymmetric_scheme(4), {CalibrationMethod::lsq}});
+        quantizer->calibrate(x);
+      }),
+      "symmetric");
 }
 
 }  // namespace
