@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Vernier's operators beside what torch.compile makes of the same arithmetic, on one GPU.
 
-    python bench/compile_peers.py --library build/lib/libvernier.so [--rows 8192] [--columns 8192] [--out rows.json]
+    python bench/compile_peers.py --library build/lib/libvernier.so [--rows 8192] [--columns 8192] [--only training]
+                                  [--out rows.json]
 
 Needs PyTorch 2.11 with CUDA and Triton. Prints one JSON object as `vernier bench --json` does: device, versions, date, and
 rows of {work, shape, implementation, us, gbs, speedup}; speedup is over a copy of as many bytes in the same run, of training
@@ -199,6 +200,7 @@ def main():
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--columns", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--only", choices=("kernels", "training"), help="one half of the works")
     parser.add_argument("--out", help="write the JSON here instead of to stdout")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -249,6 +251,8 @@ def main():
     ]
 
     rows, failed = [], False
+    if options.only == "training":
+        works = []
     for work, variant, bytes_an_element, sets, step, eager, implementations in works:
         total = bytes_an_element * m * k
         shape = f"{m}x{k}" + (f" {variant}" if variant else "")
@@ -275,9 +279,10 @@ def main():
             print(f"{work} {shape}, {name}: {us:.1f} us, {times[0] / us:.2f} of a copy", file=sys.stderr)
         del graphs, sources, expected
 
-    more, wrong_steps = training_rows([(8192, 4096, 14336), (8192, 4096, 4096), (2048, 2048, 2048)], options.rounds)
-    rows += more
-    failed |= wrong_steps
+    if options.only != "kernels":
+        more, wrong_steps = training_rows([(8192, 4096, 14336), (8192, 4096, 4096), (2048, 2048, 2048)], options.rounds)
+        rows += more
+        failed |= wrong_steps
 
     report = {
         "device": torch.cuda.get_device_name(),

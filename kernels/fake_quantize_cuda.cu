@@ -326,17 +326,21 @@ struct Segments {
   int64_t tiles_each;
   Divider per_run;
   int64_t count;
+  // Sums that are left for add_partials_kernel: one a segment, or, where all share one scale, one
+  // for every block's segments.
+  int64_t parts;
 
   Segments(int64_t numel, const ScaleMap& map, int vector_size, int lanes)
       : tiles(numel, map, vector_size, lanes),
         tiles_each(std::clamp<int64_t>(tiles.count >> 15, 1, tiles.per_run.divisor())),
         per_run(divide_up(tiles.per_run.divisor(), tiles_each)),
         // One at least, for a tensor of less than a vector.
-        count(std::max<int64_t>(tiles.count / tiles.per_run.divisor() * per_run.divisor(), 1)) {}
+        count(std::max<int64_t>(tiles.count / tiles.per_run.divisor() * per_run.divisor(), 1)),
+        parts(map.count == 1 ? divide_up(count, kQuantizeThreads / lanes) : count) {}
 };
 
-// A segment's sums go to partial[segment], the clipped ones `count` behind. kLanes threads take a
-// segment.
+// A segment's sums go to partial[segment], or those of a block's segments to partial[block's number
+// among them], the clipped ones `parts` behind. kLanes threads take a segment.
 template <typename T, int V, int kLanes, bool kZeroPoint>
 __global__ void __launch_bounds__(kQuantizeThreads, 3)
     learned_backward_kernel(const T* input, const T* gradient, T* output, int64_t numel,
@@ -388,9 +392,27 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3)
     }
     total.scale = lanes_sum<kLanes>(total.scale);
     if constexpr (kZeroPoint) total.clipped = lanes_sum<kLanes>(total.clipped);
-    if (lane == 0 && segment < segments.count) {
-      partial[segment] = total.scale;
-      if constexpr (kZeroPoint) partial[segments.count + segment] = total.clipped;
+    if (segments.parts == segments.count) {
+      if (lane == 0 && segment < segments.count) {
+        partial[segment] = total.scale;
+        if constexpr (kZeroPoint) partial[segments.parts + segment] = total.clipped;
+      }
+    } else {
+      __shared__ double scales[kGroups], clips[kGroups];
+      if (lane == 0) {
+        scales[threadIdx.x / kLanes] = total.scale;
+        clips[threadIdx.x / kLanes] = total.clipped;
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        for (int group = 1; group < kGroups; ++group) {
+          total.scale += scales[group];
+          total.clipped += clips[group];
+        }
+        partial[first / kGroups] = total.scale;
+        if constexpr (kZeroPoint) partial[segments.parts + first / kGroups] = total.clipped;
+      }
+      __syncthreads();  // the reader is done
     }
   }
 }
@@ -609,8 +631,10 @@ void run_learned_backward(const QuantizeArguments& a, const void* gradient, void
     with_segment_shape<T>(a.map, has_vectors<T>(a.map, {x, g, y}), [&](auto vector, auto lanes) {
       constexpr int V = vector.value, kLanes = lanes.value;
       const Segments segments(a.numel, a.map, V, kLanes);
-      partials = {segments.count / segments.per_run.divisor() / a.map.count,
-                  segments.per_run.divisor()};
+      partials = a.map.count == 1
+                     ? Partials{1, segments.parts}
+                     : Partials{segments.count / segments.per_run.divisor() / a.map.count,
+                                segments.per_run.divisor()};
       const unsigned blocks =
           grid_size(divide_up(segments.count * kLanes, kQuantizeThreads), kQuantizeBlocks);
       launch(kName, learned_backward_kernel<T, V, kLanes, kZeroPoint>, blocks, kQuantizeThreads,

@@ -57,21 +57,23 @@ Tensor LinearImpl::accumulators(at::TensorList codes) const {
   return unflatten(zero_point ? sums - *zero_point * weight_sum() : sums, codes[0]);
 }
 
-// One operation that quantizes and multiplies, forward and backward, where the schemes allow it.
+// One operation that quantizes and multiplies, forward and backward, where the schemes allow it and
+// no batch norm corrects the output to its batch.
 Tensor LinearImpl::fake_quant_forward(at::TensorList inputs) {
   const Scheme &input = input_quantizer->scheme(), &weights = weight_quantizer->scheme();
   const bool fits = input_from().empty() && !input.is_fp8() && !weights.is_fp8() &&
-                    input.granularity != Granularity::per_channel;
+                    input.granularity != Granularity::per_channel &&
+                    !(batch_norm && batch_norm->uses_batch());
   if (!fits) {
     VERNIER_CHECK(trained_product == TrainedProduct::real,
                   "codes are multiplied in training where the layer quantizes its own input, with "
-                  "integer schemes");
-    return DropIn::fake_quant_forward(inputs);
+                  "integer schemes, and has no batch norm that takes the batch's statistics");
+    return Foldable::fake_quant_forward(inputs);
   }
-  const std::optional<Tensor> own_bias = bias.defined() ? std::optional(bias) : std::nullopt;
-  const TrainedLinear result =
-      fake_quantized_linear(inputs[0], weight, own_bias, input_quantizer->operand(inputs[0]),
-                            weight_quantizer->operand(weight), trained_product);
+  const Tensor used_weight = float_weight(), added = float_bias();
+  const TrainedLinear result = fake_quantized_linear(
+      inputs[0], used_weight, added.defined() ? std::optional(added) : std::nullopt,
+      input_quantizer->operand(inputs[0]), weight_quantizer->operand(used_weight), trained_product);
   if (result.input_scale.defined()) input_quantizer->found(result.input_scale);
   if (result.weight_scale.defined()) weight_quantizer->found(result.weight_scale);
   return output_quantizer ? output_quantizer->forward(result.output) : result.output;
