@@ -43,7 +43,7 @@ struct Data {
 Data load_digits(const std::string& path) {
   const auto file = vernier::hdf5::File::open(path);
   const Tensor labels = torch::tensor(file.read<int64_t>("labels"));
-  const Tensor images = torch::tensor(file.read<float>("images")).view({-1, 1, 8, 8}) / 16;
+  const Tensor images = torch::tensor(file.read<int64_t>("images")).view({-1, 1, 8, 8}) / 16.0;
   const Tensor test = torch::arange(labels.size(0)) % 3 == 2;
   return {{images.index({~test}), labels.index({~test})},
           {images.index({test}), labels.index({test})}};
@@ -139,7 +139,7 @@ Sequential trained_quantized(const Sequential& trained, const Data& data, int bi
 
 struct Row {
   std::string name;
-  std::map<int, std::vector<double>> accuracies;  // by bits, one a seed
+  std::map<int, std::vector<double>> accuracies = {};  // by bits, one a seed
 };
 
 double mean(const std::vector<double>& values) {
@@ -189,6 +189,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: digits DATA.h5 PICTURE.svg\n");
     return 2;
   }
+  torch::set_num_threads(1);  // enough for images this small, and the same result everywhere
   const Data data = load_digits(argv[1]);
   Row full{"float"}, min_max{"after, min/max"}, mse{"after, mse"}, qat{"trained"};
   int64_t predicted = 0, changed = 0, proved = 0, mismatches = 0;
