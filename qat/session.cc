@@ -190,7 +190,7 @@ TrainingSession::TrainingSession(Module& model, const SessionSettings& settings)
   }
   for (const auto& item : layers_)
     for (const auto& named : item.layer->quantizers())
-      initial_settings_.push_back(named.quantizer->settings());
+      initial_settings_.emplace_back(named.quantizer, named.quantizer->settings());
   for (const auto& module : model.modules(/*include_self=*/false)) {
     std::optional<double> momentum;
     if (with_batch_norm(*module, [&](auto& norm) { momentum = norm.options.momentum(); }))
@@ -420,12 +420,10 @@ void TrainingSession::read(InputArchive& archive, torch::optim::Optimizer* optim
   unwatch();
   set_mode(model_, Mode::full);
   if (frozen(settings_.freeze_batch_norm_at)) set_batch_norm_frozen(false);
-  auto settings = initial_settings_.begin();
-  for (const auto& item : layers_) {  // without scales, so that the archive's are all there is
-    for (const auto& [what, quantizer] : item.layer->quantizers()) {
-      quantizer->set_settings(*settings++);
-      quantizer->observer().reset();
-    }
+  // Without scales, so that the archive's are all there is.
+  for (const auto& [quantizer, settings] : initial_settings_) {
+    quantizer->set_settings(settings);
+    quantizer->observer().reset();
   }
   const auto read_nested = [&](const std::string& key, const auto& take) {
     InputArchive nested;

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace vernier {
@@ -26,7 +27,7 @@ struct SessionSettings {
                                       ///< 2018, arXiv 1806.08342, section 3.2.2); -1: never
   int64_t check_every = 0;  ///< steps between looks at the loss and the learned scales, each of
                             ///< which makes the host wait for the GPU; 0: 1 on the CPU, 50 on a GPU
-  bool keep_twin = false;  ///< keep the full-precision model as it is at the start, to learn from
+  bool keep_twin = false;   ///< keep the full-precision model as it is at the start, to learn from
 
   bool operator==(const SessionSettings&) const = default;
 };
@@ -126,7 +127,7 @@ class TrainingSession {
   SessionSettings settings_;
   std::vector<NamedLayer> layers_;
   std::shared_ptr<torch::nn::Module> twin_;
-  std::vector<QuantizerSettings> initial_settings_;  // of all quantizers, in order
+  std::vector<std::pair<std::shared_ptr<QuantizerImpl>, QuantizerSettings>> initial_settings_;
   std::vector<BatchNorm> batch_norms_;
   std::vector<std::string> architecture_;  // a line for every tensor and layer
   std::vector<std::string> recipe_;        // a line for every quantizer

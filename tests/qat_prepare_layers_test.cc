@@ -53,7 +53,7 @@ double accuracy(tnn::Sequential& model, const std::pair<Tensor, Tensor>& data) {
 void train(tnn::Sequential& model, int64_t steps, TrainingSession* session) {
   torch::optim::Adam optimizer(model->parameters(), torch::optim::AdamOptions(0.01));
   for (int64_t step = 0; step < steps; ++step) {
-    const auto [x, target] = task(64);
+    const auto [x, target] = task(32);
     optimizer.zero_grad();
     const Tensor loss = torch::nn::functional::cross_entropy(model->forward(x), target);
     loss.backward();
@@ -66,7 +66,7 @@ TEST(QatPrepareLayers, AConvolutionalModelTrainsQuantizedAndBecomesIntegers) {
   torch::manual_seed(21);
   tnn::Sequential model = small_network();
   train(model, 40, nullptr);
-  const auto test = task(400);
+  const auto test = task(200);
   model->eval();
   const double in_float = accuracy(model, test);
   EXPECT_GT(in_float, 0.8);
@@ -80,8 +80,8 @@ TEST(QatPrepareLayers, AConvolutionalModelTrainsQuantizedAndBecomesIntegers) {
 
   model->train();
   TrainingSession session(
-      *model, {.calibration_batches = 4, .freeze_observers_at = 30, .freeze_batch_norm_at = 40});
-  train(model, 50, &session);
+      *model, {.calibration_batches = 3, .freeze_observers_at = 12, .freeze_batch_norm_at = 16});
+  train(model, 20, &session);
   EXPECT_TRUE(model->at<nn::Conv2dImpl>(0).batch_norm->frozen());
   model->eval();
   const double fake_quant = accuracy(model, test);

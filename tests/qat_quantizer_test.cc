@@ -470,8 +470,9 @@ TEST_F(QatQuantizer, BatchesOfAnySizeTrain) {
 TEST_F(QatQuantizer, InputsOnAnotherDeviceAreRefused) {
   torch::nn::Sequential model(trainable());
   set_mode(*model, Mode::fake_quant);
-  const std::string message =
-      message_of([&] { model->forward(torch::empty({3, 8}, torch::kMeta)); });
+  const std::string message = message_of([&] {
+    model->forward(torch::empty({3, 8}, torch::kMeta));
+  });
   EXPECT_CONTAINS(message, "layer '0'");
   EXPECT_CONTAINS(message, "the input is on meta and the layer on cpu");
 }
