@@ -27,19 +27,15 @@ class DropIn : public torch::nn::Cloneable<Derived>, public QuantizedLayer {
  public:
   explicit DropIn(const PlainOptions& plain_options) : options(plain_options) {}
 
-  /// Makes parameters, as torch::nn draws them, and quantizers; for constructors and clone(), whose
-  /// copy stays in training or evaluation mode.
-  void reset() override {
-    const bool training = this->is_training();
-    take(*plain());
-    this->train(training);
-  }
+  /// Makes parameters, as torch::nn draws them, and quantizers; for constructors and clone().
+  void reset() override { take(*plain()); }
 
   /// A copy of its own with quantizers, scales, mode and codes, but without the probe and what the
   /// quantizers observed.
   std::shared_ptr<torch::nn::Module> clone(
       const std::optional<torch::Device>& device = std::nullopt) const override {
     auto copy = std::static_pointer_cast<Derived>(torch::nn::Cloneable<Derived>::clone(device));
+    copy->train(this->is_training());  // reset() made it as new
     static_cast<DropIn&>(*copy).end_copy(device);
     return copy;
   }

@@ -64,6 +64,16 @@ void through_an_archive(const From& from, To& to) {
 
 // ---- Clones -------------------------------------------------------------------------------------
 
+TEST_F(QatCopies, ClonesStayInTrainingOrEvaluation) {
+  const nn::Linear layer = calibrated(kAsymmetric);
+  for (const bool training : {false, true}) {
+    layer->train(training);
+    const auto copy = layer->clone();
+    EXPECT_EQ(copy->is_training(), training);
+    for (const auto& child : copy->children()) EXPECT_EQ(child->is_training(), training);
+  }
+}
+
 TEST_F(QatCopies, ClonesAreWholeLayersOfTheirOwn) {
   for (const Scheme& inputs : kInputs) {
     for (const bool bias : {true, false}) {

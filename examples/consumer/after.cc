@@ -41,8 +41,8 @@ int main() {
   for (int step = 0; step < 1500; ++step) {
     const Tensor batch = torch::randint(train.labels.size(0), {128});
     optimizer.zero_grad();
-    const Tensor loss = torch::nn::functional::cross_entropy(net->forward(train.points.index({batch})),
-                                                             train.labels.index({batch}));
+    const Tensor loss = torch::nn::functional::cross_entropy(
+        net->forward(train.points.index({batch})), train.labels.index({batch}));
     loss.backward();
     optimizer.step();
     session.step(loss);

