@@ -70,6 +70,7 @@ void Observer::observe(const at::Tensor& values, bool last_axis_is_channels) {
   Slot& slot = slots_[thread_number() % slots_.size()];
   const std::lock_guard lock(slot.mutex);
   if (!slot.statistics) slot.statistics = std::make_unique<SiteStatistics>();
+  merge_channels(slot.statistics->channels, channels);  // first: it may throw
   if (x.is_cpu()) {
     // Counted straight into the result: for small tensors a histogram of their own would cost more
     // than they do.
@@ -77,8 +78,7 @@ void Observer::observe(const at::Tensor& values, bool last_axis_is_channels) {
   } else {
     slot.statistics->histogram.merge(histogram_of(x));
   }
-  if (!last_axis_is_channels) channels.push_back(slot.statistics->histogram.range());
-  merge_channels(slot.statistics->channels, channels);
+  if (!last_axis_is_channels) slot.statistics->channels = {slot.statistics->histogram.range()};
 }
 
 void Observer::add(const SiteStatistics& statistics) {
