@@ -81,8 +81,8 @@ TEST(CliBench, ReportsEveryWorkWithItsBaseline) {
     before = work + shape;
     if (implementation == "vernier") ours.insert(work);
   }
-  for (const char* work :
-       {"w8a8_gemm", "w8a8_int8_out", "quantize_gemm", "fake_quantize", "quantize", "histogram", "qat_linear", "qat_block"})
+  for (const char* work : {"w8a8_gemm", "w8a8_int8_out", "quantize_gemm", "fake_quantize",
+                           "quantize", "histogram", "qat_linear", "qat_block"})
     EXPECT_TRUE(ours.contains(work)) << work;
 }
 
@@ -112,9 +112,9 @@ TEST(CliBench, TakesTheBeginningOfSeveralNames) {
     EXPECT_EQ(row["shape"], "18x256x23");
     if (row["work"] == "qat_linear") ours.insert(row["implementation"]);
   }
-  for (const char* name : {"plain bf16", "vernier", "vernier, learned scales",
-                           "vernier, following weights", "vernier, int8 forward",
-                           "vernier, one by one", "torch fake_quantize"})
+  for (const char* name :
+       {"plain bf16", "vernier", "vernier, learned scales", "vernier, following weights",
+        "vernier, int8 forward", "vernier, one by one", "torch fake_quantize"})
     EXPECT_TRUE(ours.contains(name)) << name;
 }
 
