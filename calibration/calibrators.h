@@ -30,8 +30,9 @@ std::string to_string(CalibrationMethod method);
 
 /// Every function below returns [-a, a] for a symmetric scheme and an interval that holds 0 for an
 /// asymmetric one; {0, 0} where there is no finite value but zero. min_max gives the extremes to
-/// the last bit and lsq a multiple of the mean; the others give edges of bins, so that they do not move with the last bits of the
-/// values, which differ from one device to another. To them, values inside a bin lie at its centre.
+/// the last bit and lsq a multiple of the mean; the others give edges of bins, so that they do not
+/// move with the last bits of the values, which differ from one device to another. To them, values
+/// inside a bin lie at its centre.
 
 /// The exact extremes.
 Range min_max_range(const Histogram& histogram, const Scheme& scheme);
