@@ -61,15 +61,15 @@ bool SiteStatistics::operator==(const SiteStatistics& other) const {
                     [](Range a, Range b) { return a.min == b.min && a.max == b.max; });
 }
 
-void Observer::observe(const at::Tensor& values) {
+void Observer::observe(const at::Tensor& values, bool last_axis_is_channels) {
   if (values.numel() == 0) return;
   const at::Tensor x = values.detach().contiguous();
   const ElementType type = element_type_of(x.scalar_type(), "the observed tensor");
-  const std::vector<Range> channels = channels_of(x);
+  std::vector<Range> channels;
+  if (last_axis_is_channels) channels = channels_of(x);
   Slot& slot = slots_[thread_number() % slots_.size()];
   const std::lock_guard lock(slot.mutex);
   if (!slot.statistics) slot.statistics = std::make_unique<SiteStatistics>();
-  merge_channels(slot.statistics->channels, channels);
   if (x.is_cpu()) {
     // Counted straight into the result: for small tensors a histogram of their own would cost more
     // than they do.
@@ -77,6 +77,8 @@ void Observer::observe(const at::Tensor& values) {
   } else {
     slot.statistics->histogram.merge(histogram_of(x));
   }
+  if (!last_axis_is_channels) channels.push_back(slot.statistics->histogram.range());
+  merge_channels(slot.statistics->channels, channels);
 }
 
 void Observer::add(const SiteStatistics& statistics) {

@@ -28,8 +28,9 @@ struct SiteStatistics {
 class Observer {
  public:
   /// Adds a float32, float16 or bfloat16 tensor of any shape on any device; the last axis holds the
-  /// channels. Throws Error when the number of channels changes.
-  void observe(const at::Tensor& values);
+  /// channels, or all is one channel where the last axis means something else and may change.
+  /// Throws Error when the number of channels changes.
+  void observe(const at::Tensor& values, bool last_axis_is_channels = true);
 
   /// Adds what another observer saw, e.g. before a program was stopped.
   void add(const SiteStatistics& statistics);

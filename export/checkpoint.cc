@@ -1,6 +1,7 @@
 #include <vernier/export/checkpoint.h>
 #include <vernier/kernels/error.h>
 #include <vernier/kernels/fp8.h>
+#include <vernier/qat/batch_norm.h>
 #include <vernier/qat/layer.h>
 
 #include <map>
@@ -191,6 +192,10 @@ void write_checkpoint(const torch::nn::Module& model, const CheckpointInfo& info
   for (const auto& [name, layer] : quantized_layers(model)) {
     if (!layer->quantized()) continue;
     const std::string group = "layers/" + name;
+    const auto* folding = dynamic_cast<const FoldsBatchNorm*>(layer.get());
+    VERNIER_CHECK(!folding || !folding->batch_norm, "layer '", name,
+                  "' has a batch norm folded in: convert() the model, or merge_batch_norms(), "
+                  "before exporting it");
     for (const auto& item : layer->quantizers())
       VERNIER_CHECK(item.quantizer->calibrated(), "layer '", name,
                     "' is not calibrated: calibrate the model before exporting it");

@@ -207,10 +207,10 @@ Tensor QuantizedLayer::run_in_mode(at::TensorList inputs) {
   if (observes) {
     for (size_t i = 0; i < inputs.size(); ++i)
       if (QuantizerImpl* quantizer = quantizer_of_input(i); quantizer && !chained(i))
-        quantizer->observe(inputs[i]);
+        quantizer->observe(inputs[i], input_channels().has_value());
   }
   const Tensor output = full_forward(inputs);
-  if (observes && output_quantizer) output_quantizer->observe(output);
+  if (observes && output_quantizer) output_quantizer->observe(output, input_channels().has_value());
   return output;
 }
 

@@ -35,6 +35,19 @@ Tensor rows_by_scale(const Tensor& values, const Scheme& scheme, int64_t axis) {
   throw Error("unknown granularity");
 }
 
+// Extremes over the finite values of a whole tensor, [2]; {+inf, -inf} where there is none.
+Tensor whole_range(const Tensor& values) {
+  const Tensor flat = values.is_non_overlapping_and_dense()
+                          ? values.as_strided({values.numel()}, {1})
+                          : values.reshape({-1});
+  // In columns that are wide enough for the kernels, which tell them apart.
+  int64_t columns = 1;
+  for (const int64_t width : {1024, 512, 128, 32, 8})
+    if (columns == 1 && flat.numel() % width == 0) columns = width;
+  const Tensor channels = channel_range(flat.view({-1, columns}));
+  return torch::stack({channels[0].amin(), channels[1].amax()});
+}
+
 // The scales of a tensor from its own absolute maxima, in number as the granularity says.
 Tensor own_scale(const Tensor& values, const Scheme& scheme, int64_t axis) {
   if (scheme.granularity == Granularity::per_token) return per_token_scale(values, scheme);
@@ -335,8 +348,7 @@ void QuantizerImpl::update_average(const Tensor& values) {
   if (scheme.granularity == Granularity::per_channel) {
     batch = channel_range(values.detach().movedim(axis_, -1));
   } else {
-    const Tensor channels = channel_range(values.detach().reshape({-1, values.size(-1)}));
-    batch = torch::stack({channels[0].amin(), channels[1].amax()}).unsqueeze(1);
+    batch = whole_range(values.detach()).unsqueeze(1);
   }
   Tensor average = average_;
   if (average.numel() == 0) {

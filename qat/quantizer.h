@@ -120,8 +120,10 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   /// Chooses the range of a site from its statistics; for activations.
   void calibrate(const SiteStatistics& statistics);
 
-  /// Adds a tensor to the statistics from which calibrate() chooses.
-  void observe(const torch::Tensor& values) { observer_->observe(values); }
+  /// Adds a tensor to the statistics from which calibrate() chooses (Observer::observe).
+  void observe(const torch::Tensor& values, bool last_axis_is_channels = true) {
+    observer_->observe(values, last_axis_is_channels);
+  }
   Observer& observer() { return *observer_; }
 
   /// Quantize-dequantize with straight-through gradients, and with those of scale and zero point

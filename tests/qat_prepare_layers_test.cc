@@ -1,6 +1,7 @@
 // A convolutional model of torch::nn from prepare() through training to integers.
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <vernier/export/checkpoint.h>
 #include <vernier/export/validate.h>
 #include <vernier/qat/convolution.h>
 #include <vernier/qat/elementwise.h>
@@ -9,10 +10,14 @@
 #include <vernier/qat/matmul.h>
 #include <vernier/qat/prepare.h>
 #include <vernier/qat/session.h>
+#include <vernier/tests/expect_error.h>
+#include <vernier/tests/temporary_folder.h>
 
 namespace vernier {
 namespace {
 
+using testing::message_of;
+using testing::TemporaryFolder;
 using torch::Tensor;
 namespace tnn = torch::nn;
 
@@ -88,12 +93,24 @@ TEST(QatPrepareLayers, AConvolutionalModelTrainsQuantizedAndBecomesIntegers) {
   EXPECT_GT(fake_quant, 0.8);
   const torch::NoGradGuard no_grad;
   const Tensor predicted = model->forward(test.first).argmax(1);
+  const TemporaryFolder folder;
+  const CheckpointInfo info = {"network", "{}", "qat", "0"};
+  EXPECT_CONTAINS(message_of([&] { save_checkpoint(*model, info, folder / "model.h5"); }),
+                  "layer '0' has a batch norm folded in");
   convert(model);
   EXPECT_FALSE(model->at<nn::Conv2dImpl>(0).batch_norm);
   EXPECT_TRUE(torch::equal(model->forward(test.first).argmax(1), predicted));
   Validator validator(*model);
   validator.add([&] { return model->forward(test.first); });
   EXPECT_TRUE(validator.report().passed(0.02));
+
+  save_checkpoint(*model, info, folder / "model.h5");
+  tnn::Sequential loaded = small_network();
+  prepare(loaded, rules_of(4, asymmetric_scheme(8)));
+  loaded->eval();
+  merge_batch_norms(*loaded);
+  Checkpoint::open(folder / "model.h5").load_into(*loaded);
+  EXPECT_TRUE(torch::equal(loaded->forward(test.first), model->forward(test.first)));
 }
 
 TEST(QatPrepareLayers, RecipesReachEveryLayerAsItsKernelsTakeThem) {
@@ -139,7 +156,13 @@ TEST(QatPrepareLayers, RecipesReachEveryLayerAsItsKernelsTakeThem) {
     validator.add([&] { return model.forward(tokens); });
     EXPECT_TRUE(validator.report().passed(0.05));
     convert(model);
-    EXPECT_EQ(model.forward(tokens).sizes(), (std::vector<int64_t>{3, 5, 8}));
+    const Tensor y = model.forward(tokens);
+    EXPECT_EQ(y.sizes(), (std::vector<int64_t>{3, 5, 8}));
+    const TemporaryFolder folder;
+    save_checkpoint(model, {"network", "{}", "qat", "0"}, folder / "model.h5");
+    Net loaded;
+    Checkpoint::open(folder / "model.h5").load_into(loaded);
+    EXPECT_TRUE(torch::equal(loaded.forward(tokens), y));
   }
 
   const Scheme per_token = {.granularity = Granularity::per_token, .dynamic = true};

@@ -334,6 +334,23 @@ TEST_F(QatQuantizer, AveragesMoveBetweenForwardAndBackward) {
   EXPECT_TRUE(torch::equal(x.grad(), torch::ones({2})));  // with the second scale both were clipped
 }
 
+TEST_F(QatQuantizer, AveragesOfAnyShapeAndLayout) {
+  for (const std::vector<int64_t>& shape : std::vector<std::vector<int64_t>>{
+           {1}, {5}, {3, 7}, {2, 3, 4, 4}, {4, 8, 8, 4}, {2, 1024}, {0, 3}}) {
+    Quantizer quantizer(averaged(symmetric_scheme(8), 1.0));
+    quantizer->set_ranges({{-1, 1}}, torch::kCPU);
+    Tensor x = 5 * torch::randn(shape);
+    const Tensor strided = torch::stack({x, 100 * x}, -1).select(-1, 0);
+    std::vector<Tensor> layouts{x, strided};
+    if (x.dim() == 4) layouts.push_back(x.contiguous(at::MemoryFormat::ChannelsLast));
+    for (const Tensor& values : layouts) {
+      quantizer->forward(values);
+      const float amax = x.numel() ? x.abs().max().item<float>() : 1.0f;
+      EXPECT_EQ(quantizer->scale().item<float>(), amax / 127) << x.sizes();
+    }
+  }
+}
+
 TEST_F(QatQuantizer, AveragesPerChannel) {
   Quantizer quantizer(averaged(symmetric_scheme(8, Granularity::per_channel), 1.0), 1);
   const Tensor x = torch::randn({5, 3, 4});
@@ -341,6 +358,19 @@ TEST_F(QatQuantizer, AveragesPerChannel) {
   quantizer->forward(2 * x);
   EXPECT_TRUE(torch::allclose(quantizer->scale(), (2 * x).abs().amax(at::IntArrayRef{0, 2}) / 127.0,
                               1e-6, 0));
+}
+
+TEST_F(QatQuantizer, ObservesTensorsWhoseLastAxisChanges) {
+  Quantizer quantizer(QuantizerSettings{symmetric_scheme(8), {}});
+  const Tensor wide = torch::randn({2, 3, 9}), narrow = 4 * torch::randn({2, 3, 5});
+  quantizer->observe(wide, /*last_axis_is_channels=*/false);
+  quantizer->observe(narrow, /*last_axis_is_channels=*/false);
+  const SiteStatistics seen = quantizer->observer().statistics();
+  EXPECT_EQ(seen.histogram.total(), wide.numel() + narrow.numel());
+  ASSERT_EQ(seen.channels.size(), 1u);
+  EXPECT_EQ(seen.channels[0].max, std::max(wide.max().item<float>(), narrow.max().item<float>()));
+  quantizer->calibrate(seen);
+  EXPECT_TRUE(quantizer->calibrated());
 }
 
 // ---- Scales that follow, and dynamic ones -------------------------------------------------------
