@@ -229,7 +229,15 @@ c10::SmallVector<Tensor, 2> QuantizedLayer::fake_quantized(at::TensorList inputs
   c10::SmallVector<Tensor, 2> quantized;
   for (size_t i = 0; i < inputs.size(); ++i) {
     QuantizerImpl* quantizer = quantizer_of_input(i);
-    quantized.push_back(quantizer && !chained(i) ? quantizer->forward(inputs[i]) : inputs[i]);
+    if (!quantizer || chained(i)) {
+      quantized.push_back(inputs[i]);
+    } else if (quantizer->scheme().granularity == Granularity::per_tensor &&
+               inputs[i].suggest_memory_format() != torch::MemoryFormat::Contiguous) {
+      // Channels stay last: the kernels leave tensors contiguous in the order of their axes.
+      quantized.push_back(quantizer->forward(inputs[i].movedim(1, -1)).movedim(-1, 1));
+    } else {
+      quantized.push_back(quantizer->forward(inputs[i]));
+    }
   }
   return quantized;
 }

@@ -470,13 +470,16 @@ TEST(QatLayers, BatchesOfAnySize) {
 TEST(QatLayers, MemoryFormatsStay) {
   const torch::NoGradGuard no_grad;
   nn::Conv2d layer = calibrated_conv();
-  layer->set_mode(Mode::integer);
   const Tensor x = torch::randn({2, 3, 8, 8});
-  const Tensor y = layer->forward(x);
-  EXPECT_TRUE(y.is_contiguous());
-  const Tensor z = layer->forward(x.contiguous(torch::MemoryFormat::ChannelsLast));
-  EXPECT_TRUE(z.is_contiguous(torch::MemoryFormat::ChannelsLast));
-  EXPECT_TRUE(torch::equal(y, z));
+  const Tensor channels_last = x.contiguous(torch::MemoryFormat::ChannelsLast);
+  for (const Mode mode : {Mode::fake_quant, Mode::integer}) {
+    layer->set_mode(mode);
+    const Tensor y = layer->forward(x), z = layer->forward(channels_last);
+    EXPECT_TRUE(y.is_contiguous());
+    EXPECT_TRUE(z.is_contiguous(torch::MemoryFormat::ChannelsLast));
+    EXPECT_TRUE(torch::allclose(y, z, 1e-5, 1e-6));
+    EXPECT_TRUE(mode != Mode::integer || torch::equal(y, z));
+  }
 }
 
 TEST(QatLayers, WhatDoesNotFitIsRefused) {
