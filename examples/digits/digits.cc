@@ -148,10 +148,10 @@ double mean(const std::vector<double>& values) {
 }
 
 void print(const std::vector<Row>& rows) {
-  std::printf("test accuracy in %%, mean of %d seeds (lowest to highest)\n%-20s", kSeeds, "");
+  std::printf("test accuracy in %%, mean of %d seeds (lowest to highest)\n%-24s", kSeeds, "");
   for (const int bits : kBits) std::printf("  %19s", vernier::concat("W", bits, "A", bits).c_str());
   for (const Row& row : rows) {
-    std::printf("\n%-20s", row.name.c_str());
+    std::printf("\n%-24s", row.name.c_str());
     for (const int bits : kBits) {
       const auto& values = row.accuracies.at(bits);
       const auto [low, high] = std::minmax_element(values.begin(), values.end());
@@ -191,7 +191,8 @@ int main(int argc, char** argv) {
   }
   torch::set_num_threads(1);  // enough for images this small, and the same result everywhere
   const Data data = load_digits(argv[1]);
-  Row full{"float"}, min_max{"after, min/max"}, mse{"after, mse"}, qat{"trained"};
+  Row full{"float"}, min_max{"after training, min/max"}, mse{"after training, mse"},
+      qat{"trained quantized"};
   int64_t predicted = 0, changed = 0, proved = 0, mismatches = 0;
   for (int seed = 0; seed < kSeeds; ++seed) {
     torch::manual_seed(seed);
