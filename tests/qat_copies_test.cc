@@ -65,7 +65,7 @@ void through_an_archive(const From& from, To& to) {
 // ---- Clones -------------------------------------------------------------------------------------
 
 TEST_F(QatCopies, ClonesStayInTrainingOrEvaluation) {
-  const nn::Linear layer = calibrated(kAsymmetric);
+  nn::Linear layer = calibrated(kAsymmetric);
   for (const bool training : {false, true}) {
     layer->train(training);
     const auto copy = layer->clone();

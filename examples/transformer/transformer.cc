@@ -1,6 +1,6 @@
-// A small GPT that learns to add, from scratch and on generated text: in float, quantized after
+// A small GPT that learns to sort, from scratch and on generated text: in float, quantized after
 // training, and trained with quantization, with weights of 8, 4 and 3 bits and activations of 8.
-// Prints how many sums each gets right, and whether the integer kernels give the answers that
+// Prints how many lines each gets right, and whether the integer kernels give the answers that
 // training promised; exits with 1 if not.
 
 #include <torch/torch.h>
@@ -24,29 +24,19 @@ namespace {
 
 using torch::Tensor;
 
-// ---- Text: "478+896=4731", the sum with its lowest digit first ---------------------------------
+// ---- Text: "719034>013479", six digits and the same in order ------------------------------------
 
-constexpr int64_t kDigits = 3, kAnswer = kDigits + 1;
-constexpr int64_t kPlus = 10, kEquals = 11, kTokens = 12;
-constexpr int64_t kLength = 2 * (kDigits + 1) + kAnswer;
+constexpr int64_t kDigits = 6, kArrow = 10, kTokens = 11;
+constexpr int64_t kLength = 2 * kDigits + 1;
 
 // int64 [count, kLength]
-Tensor make_sums(int64_t count) {
-  const Tensor numbers = torch::randint(1000, {2, count});
-  std::vector<Tensor> text;
-  const auto write_digit = [&](const Tensor& number, int64_t place) {
-    const auto power = static_cast<int64_t>(std::pow(10, place));
-    text.push_back(number.floor_divide(power).remainder(10));
-  };
-  for (int64_t i = 0; i < 2; ++i) {
-    for (int64_t place = kDigits - 1; place >= 0; --place) write_digit(numbers[i], place);
-    text.push_back(torch::full({count}, i == 0 ? kPlus : kEquals));
-  }
-  for (int64_t place = 0; place < kAnswer; ++place) write_digit(numbers.sum(0), place);
-  return torch::stack(text, 1);
+Tensor make_lines(int64_t count) {
+  const Tensor digits = torch::randint(10, {count, kDigits});
+  const Tensor arrow = torch::full({count, 1}, kArrow);
+  return torch::cat({digits, arrow, std::get<0>(digits.sort(1))}, 1);
 }
 
-Tensor answer_of(const Tensor& sums) { return sums.slice(1, kLength - kAnswer); }
+Tensor answer_of(const Tensor& lines) { return lines.slice(1, kDigits + 1); }
 
 // ---- Model: vernier::nn where torch::nn stood --------------------------------------------------
 
@@ -93,9 +83,9 @@ struct Gpt : torch::nn::Cloneable<Gpt> {
     const Tensor x = token(tokens) + position(torch::arange(tokens.size(1)));
     return head(norm(blocks->forward(x)));
   }
-  // Logits of the answer's digits, [count * kAnswer, kTokens].
-  Tensor answer(const Tensor& sums) {
-    return forward(sums.slice(1, 0, kLength - 1)).slice(1, kLength - 1 - kAnswer).flatten(0, 1);
+  // Logits of the answer's digits, [count * kDigits, kTokens].
+  Tensor answer(const Tensor& lines) {
+    return forward(lines.slice(1, 0, kLength - 1)).slice(1, kDigits).flatten(0, 1);
   }
 
   vernier::nn::Embedding token{nullptr}, position{nullptr};
@@ -120,10 +110,10 @@ void train(Gpt& model, int64_t steps, double peak, vernier::TrainingSession* ses
     optimizer.param_groups()[0].options().set_lr(rate);
     optimizer.param_groups()[1].options().set_lr(0.05 * rate);  // scales are small
 
-    const Tensor sums = make_sums(256);
+    const Tensor lines = make_lines(256);
     optimizer.zero_grad();
     const Tensor loss =
-        torch::nn::functional::cross_entropy(model.answer(sums), answer_of(sums).flatten());
+        torch::nn::functional::cross_entropy(model.answer(lines), answer_of(lines).flatten());
     loss.backward();
     optimizer.step();
     if (session) session->step(loss);
@@ -134,13 +124,13 @@ void train(Gpt& model, int64_t steps, double peak, vernier::TrainingSession* ses
 // ---- Evaluation --------------------------------------------------------------------------------
 
 struct Result {
-  double right = 0, loss = 0;  // sums with every digit right, %; nats a digit
-  Tensor predictions;          // [count * kAnswer]
+  double right = 0, loss = 0;  // lines with every digit right, %; nats a digit
+  Tensor predictions;          // [count * kDigits]
 };
 
-Result evaluate(Gpt& model, const Tensor& sums) {
+Result evaluate(Gpt& model, const Tensor& lines) {
   const torch::NoGradGuard no_grad;
-  const Tensor logits = model.answer(sums), expected = answer_of(sums);
+  const Tensor logits = model.answer(lines), expected = answer_of(lines);
   Result result;
   result.predictions = logits.argmax(1);
   // Every digit after the right ones before it: as if the model had written them one by one.
@@ -173,12 +163,12 @@ std::shared_ptr<Gpt> copy_of(const Gpt& model) {
 int main() {
   torch::set_num_threads(1);  // enough for matrices this small, and the same result everywhere
   torch::manual_seed(0);
-  const Tensor test = make_sums(2000), calibration = make_sums(1000);
+  const Tensor test = make_lines(2000), calibration = make_lines(1000);
   Gpt model;
-  train(model, 700, 5e-3);
+  train(model, 400, 5e-3);
   const Result full = evaluate(model, test);
-  std::printf("%-20s %14s %14s %22s\n%-20s %14.2f %14.4f\n", "", "sums right, %", "nats a digit",
-              "integer: sums right, %", "float", full.right, full.loss);
+  std::printf("%-20s %14s %14s %23s\n%-20s %14.2f %14.4f\n", "", "lines right, %", "nats a digit",
+              "integer: lines right, %", "float", full.right, full.loss);
 
   bool good = true;
   for (const int bits : {8, 4, 3}) {
@@ -201,7 +191,7 @@ int main() {
       vernier::convert(*net);
       const Result integer = evaluate(*net, test);
       const auto differ = integer.predictions.ne(promised.predictions).sum().item<int64_t>();
-      std::printf("W%dA8 %-15s %14.2f %14.4f %22.2f  %lld of %lld digits differ\n", bits,
+      std::printf("W%dA8 %-15s %14.2f %14.4f %23.2f  %lld of %lld digits differ\n", bits,
                   trained ? "trained" : "after training", promised.right, promised.loss,
                   integer.right, static_cast<long long>(differ),
                   static_cast<long long>(promised.predictions.numel()));
@@ -210,9 +200,10 @@ int main() {
       const auto& report = validator.report();
       good = good && report.total(&V::code_mismatches) == 0 &&
              report.total(&V::accumulator_mismatches) == 0 && report.total(&V::outside_bound) == 0;
-      // At 3 bits a little is lost.
-      if (trained)
-        good = good && differ == 0 && promised.right >= full.right - (bits == 3 ? 5 : 0.5);
+      // The last bit of a float epilogue may carry a value over the edge between two codes of the
+      // next layer, and that a digit that was a tie: one in a thousand at the most.
+      good = good && 1000 * differ <= promised.predictions.numel();
+      if (trained) good = good && promised.right >= full.right - 0.5;
     }
   }
   std::printf(good ? "the integer kernels give what training promised\n"
