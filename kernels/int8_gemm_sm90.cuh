@@ -4,11 +4,10 @@
 // One warp has the copies, one or two warpgroups the products. Operand tiles of 128 codes of K go
 // through a ring of shared memory stages. Each block walks over output tiles. Two warpgroups take
 // tiles in turn, so that while one writes its results the other has the tensor cores; or, where
-// there is one round of tiles and nothing to hide behind, one owns the upper and one the lower half
-// of a larger tile, the second two stages behind the first. The blocks of a
-// cluster stand side by side and share an operand's tile: each loads a part of it for all. Large
-// products share the weight between tiles below each other; products of few rows, which want many
-// narrow tiles to keep the memory busy, share the codes between tiles beside each other.
+// there is one round of tiles and nothing to hide behind, each owns half the rows of a tile. The
+// blocks of a cluster share an operand's tile: each loads a part of it for all. Large products
+// share the weight between tiles below each other; products of few rows, which want many narrow
+// tiles to keep the memory busy, share the codes between tiles beside each other.
 #pragma once
 
 #include <vernier/kernels/hopper.h>
