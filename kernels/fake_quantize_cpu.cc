@@ -5,7 +5,6 @@
 #include <vector>
 
 namespace vernier::cpu {
-namespace {
 
 VERNIER_SIMD void fake_quantize_run(const float* x, int64_t n, const RunScales& s, float* out) {
   if (s.step == 0) {
@@ -24,6 +23,8 @@ VERNIER_SIMD void fake_quantize_run(const float* x, int64_t n, const RunScales& 
     }
   }
 }
+
+namespace {
 
 VERNIER_SIMD void backward_run(const float* x, const float* gradient, int64_t n, const RunScales& s,
                                float* out) {

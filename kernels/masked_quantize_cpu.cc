@@ -1,32 +1,20 @@
 #include <vernier/kernels/masked_quantize_device.h>
 #include <vernier/kernels/quantize_cpu.h>
 
-#include <cmath>
-
 namespace vernier::cpu {
 namespace {
 
-// Real values (codes less the zero point, times the scale) or codes, as float, and 1 where the code
-// was clipped. The clamp may come after the rounding: its bounds are integers.
-VERNIER_SIMD void masked_run(const float* x, int64_t n, const RunScales& s, bool codes, float* out,
-                             uint8_t* clipped) {
-  const auto element = [&](int64_t i, float scale, int32_t zero_point) {
-    const auto low = static_cast<float>(s.qmin - zero_point);
-    const auto high = static_cast<float>(s.qmax - zero_point);
-    const float rounded = std::nearbyintf(x[i] / scale);
-    float code = rounded > low ? rounded : low;
-    code = code < high ? code : high;
-    clipped[i] = !(rounded >= low && rounded <= high);
-    // Through an integer, in which zero has no sign.
-    const auto integer = static_cast<float>(static_cast<int32_t>(code));
-    out[i] = codes ? integer + static_cast<float>(zero_point) : integer * scale;
-  };
+// 1 where the code was clipped.
+VERNIER_SIMD void clipped_run(const float* x, int64_t n, const RunScales& s, uint8_t* clipped) {
   if (s.step == 0) {
     const float scale = *s.scale;
     const int32_t zero_point = s.zero_point_at(0);
-    for (int64_t i = 0; i < n; ++i) element(i, scale, zero_point);
+    const int32_t qmin = s.qmin, qmax = s.qmax;
+    for (int64_t i = 0; i < n; ++i)
+      clipped[i] = !passes_gradient(x[i], scale, zero_point, qmin, qmax);
   } else {
-    for (int64_t i = 0; i < n; ++i) element(i, s.scale[i], s.zero_point_at(i));
+    for (int64_t i = 0; i < n; ++i)
+      clipped[i] = !passes_gradient(x[i], s.scale[i], s.zero_point_at(i), s.qmin, s.qmax);
   }
 }
 
@@ -48,9 +36,14 @@ void run(const QuantizeArguments& a, O* out, uint8_t* clipped) {
     for (int64_t byte = first; byte < last; byte += kBlock / 8) {
       const int64_t start = byte * 8, end = std::min({start + kBlock, last * 8, a.numel});
       for_each_run(a, start, end, [&](int64_t i, int64_t n, const RunScales& scales) {
-        masked_run(load_block(input + i, n, in_block), n, scales, std::is_same_v<O, int8_t>,
-                   output_block(out + i, out_block), flags.data() + (i - start));
-        store_block(out_block, n, out + i);
+        const float* const x = load_block(input + i, n, in_block);
+        if constexpr (std::is_same_v<O, int8_t>) {
+          quantize_run(x, n, scales, out + i);
+        } else {
+          fake_quantize_run(x, n, scales, output_block(out + i, out_block));
+          store_block(out_block, n, out + i);
+        }
+        if (clipped) clipped_run(x, n, scales, flags.data() + (i - start));
       });
       if (!clipped) continue;
       const int64_t bytes = (end - start + 7) / 8;

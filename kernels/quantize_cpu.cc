@@ -2,7 +2,6 @@
 #include <vernier/kernels/quantize_device.h>
 
 namespace vernier::cpu {
-namespace {
 
 VERNIER_SIMD void quantize_run(const float* x, int64_t n, const RunScales& s, int8_t* codes) {
   if (s.step == 0) {
@@ -17,6 +16,8 @@ VERNIER_SIMD void quantize_run(const float* x, int64_t n, const RunScales& s, in
           static_cast<int8_t>(quantize_value(x[i], s.scale[i], s.zero_point_at(i), s.qmin, s.qmax));
   }
 }
+
+namespace {
 
 VERNIER_SIMD void dequantize_run(const int8_t* codes, int64_t n, const RunScales& s, float* out) {
   if (s.step == 0) {

@@ -1,5 +1,5 @@
-// What quantize_cpu.cc and fake_quantize_cpu.cc share: a tensor cut into runs that share a scale;
-// internal.
+// What quantize_cpu.cc, fake_quantize_cpu.cc and masked_quantize_cpu.cc share: a tensor cut into
+// runs that share a scale, and what is made of a run; internal.
 #pragma once
 
 #include <vernier/kernels/element_cpu.h>
@@ -37,5 +37,10 @@ void for_each_run(const QuantizeArguments& a, int64_t begin, int64_t end, const 
     i += n;
   }
 }
+
+/// The codes of a run; in quantize_cpu.cc.
+void quantize_run(const float* x, int64_t n, const RunScales& s, int8_t* codes);
+/// The real values of its codes; in fake_quantize_cpu.cc.
+void fake_quantize_run(const float* x, int64_t n, const RunScales& s, float* out);
 
 }  // namespace vernier::cpu
