@@ -127,20 +127,18 @@ class Requantizer {
   __device__ Requantizer(const EpilogueArguments& a, float scale, int32_t zero_point)
       : bracket_(__shfl_sync(kFullWarp, scale, threadIdx.x % kWarp), zero_point, a.qmin, a.qmax) {}
 
-  /// The pairs of values one after the other become the low two bytes of `pairs`. Many values have
-  /// one test, across which the compiler cannot mix their instructions.
-  template <int N>
-  __device__ void operator()(const float (&y)[N][4], uint32_t (&pairs)[2 * N]) const {
+  /// The pairs of values one after the other become the low two bytes of `pairs`.
+  __device__ void operator()(const float (&y)[2][4], uint32_t (&pairs)[4]) const {
     uint32_t doubt = 0;
 #pragma unroll
-    for (int i = 0; i < 2 * N; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const float* const pair = y[i / 2] + i % 2 * 2;
       pairs[i] =
           __byte_perm(bracket_.likely(pair[0], doubt), bracket_.likely(pair[1], doubt), 0x0040);
     }
     if (doubt) [[unlikely]] {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
+      for (int i = 0; i < 2; ++i) {
         const uint32_t codes = divided_codes({y[i][0], y[i][1], y[i][2], y[i][3]}, bracket_);
         pairs[2 * i] = codes;
         pairs[2 * i + 1] = codes >> 16;
@@ -319,7 +317,7 @@ class TileWriter {
 #pragma unroll
       for (int i = 0; i < kBatch; i += kTogether) {
         if constexpr (kMakesCodes) {
-          store_codes<kSimple, 2>(d, block, slab, batch + i, {terms[i], terms[i + 1]}, finisher);
+          store_codes<kSimple>(d, block, slab, batch + i, {terms[i], terms[i + 1]}, finisher);
         } else if constexpr (sizeof(Out) == 2) {
           store_halves<kSimple>(d, block, slab, batch + i, {terms[i], terms[i + 1]});
         } else {
@@ -329,19 +327,19 @@ class TileWriter {
     }
   }
 
-  /// Codes of N groups of columns into the slab.
-  template <bool kSimple, int N>
+  /// Codes of two groups of columns into the slab.
+  template <bool kSimple>
   __device__ void store_codes(const int32_t (&d)[kColumns / 2], int block, int slab, int group,
-                              const Terms<kSimple> (&terms)[N],
+                              const Terms<kSimple> (&terms)[2],
                               const Requantizer& requantizer) const {
-    float y[N][4];
-    uint32_t pairs[2 * N];
+    float y[2][4];
+    uint32_t pairs[4];
 #pragma unroll
-    for (int i = 0; i < N; ++i)
+    for (int i = 0; i < 2; ++i)
       values<kSimple>(d, block, slab * kGroups + group + i, terms[i], y[i]);
     requantizer(y, pairs);
 #pragma unroll
-    for (int i = 0; i < 2 * N; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const int column = (group + i / 2) * 8 + lane_ % 4 * 2;
       uint8_t* const target = staging_ + chunk_offset(lane_ / 4, column / 16) + column % 16;
       *reinterpret_cast<uint16_t*>(target + i % 2 * 8 * 128) = static_cast<uint16_t>(pairs[i]);

@@ -151,7 +151,9 @@ VERNIER_HOST_DEVICE inline bool passes_gradient(float x, float scale, int32_t ze
 #else
   const float q = std::nearbyintf(x / scale);
 #endif
-  return q >= static_cast<float>(qmin - zero_point) && q <= static_cast<float>(qmax - zero_point);
+  const bool above = q >= static_cast<float>(qmin - zero_point);
+  const bool below = q <= static_cast<float>(qmax - zero_point);
+  return above & below;  // not &&: loops of this vectorize
 }
 
 /// The largest K for which K products of any two int8 codes, at most 128 * 128 each, fit an int32

@@ -31,6 +31,8 @@ class ConvolutionNd : public Foldable<Derived, Plain> {
   using UserOptions = std::conditional_t<kTransposed, torch::nn::ConvTransposeOptions<D>,
                                          torch::nn::ConvOptions<D>>;
 
+  ConvolutionNd(int64_t in_channels, int64_t out_channels, torch::ExpandingArray<D> kernel_size)
+      : ConvolutionNd(UserOptions(in_channels, out_channels, kernel_size)) {}
   explicit ConvolutionNd(const UserOptions& user_options);
   /// Takes over the layer's parameters: the same tensors, so that an optimizer goes on with them.
   explicit ConvolutionNd(const Plain& plain_layer);
@@ -64,14 +66,12 @@ class ConvolutionNd : public Foldable<Derived, Plain> {
   torch::Tensor kernel_sum_;    // int32 [out_channels]: their sums, for asymmetric inputs
 };
 
-#define VERNIER_CONVOLUTION(Name, D)                                                            \
-  class Name##Impl : public ConvolutionNd<D, Name##Impl, torch::nn::Name##Impl> {               \
-   public:                                                                                      \
-    using ConvolutionNd::ConvolutionNd;                                                         \
-    Name##Impl(int64_t in_channels, int64_t out_channels, torch::ExpandingArray<D> kernel_size) \
-        : ConvolutionNd(UserOptions(in_channels, out_channels, kernel_size)) {}                 \
-    torch::Tensor forward(const torch::Tensor& input) { return run(input); }                    \
-  };                                                                                            \
+#define VERNIER_CONVOLUTION(Name, D)                                              \
+  class Name##Impl : public ConvolutionNd<D, Name##Impl, torch::nn::Name##Impl> { \
+   public:                                                                        \
+    using ConvolutionNd::ConvolutionNd;                                           \
+    torch::Tensor forward(const torch::Tensor& input) { return run(input); }      \
+  };                                                                              \
   TORCH_MODULE(Name)
 
 VERNIER_CONVOLUTION(Conv1d, 1);
@@ -80,21 +80,19 @@ VERNIER_CONVOLUTION(Conv3d, 3);
 #undef VERNIER_CONVOLUTION
 
 /// With an output_size, as torch::nn's, the output's spatial sizes are those.
-#define VERNIER_CONVOLUTION(Name, D)                                                            \
-  class Name##Impl : public ConvolutionNd<D, Name##Impl, torch::nn::Name##Impl> {               \
-   public:                                                                                      \
-    using ConvolutionNd::ConvolutionNd;                                                         \
-    Name##Impl(int64_t in_channels, int64_t out_channels, torch::ExpandingArray<D> kernel_size) \
-        : ConvolutionNd(UserOptions(in_channels, out_channels, kernel_size)) {}                 \
-    torch::Tensor forward(const torch::Tensor& input,                                           \
-                          const std::optional<at::IntArrayRef>& output_size = std::nullopt) {   \
-      if (!output_size) return run(input);                                                      \
-      return run({input, torch::tensor(*output_size)});                                         \
-    }                                                                                           \
-                                                                                                \
-   protected:                                                                                   \
-    FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<at::IntArrayRef>())})        \
-  };                                                                                            \
+#define VERNIER_CONVOLUTION(Name, D)                                                          \
+  class Name##Impl : public ConvolutionNd<D, Name##Impl, torch::nn::Name##Impl> {             \
+   public:                                                                                    \
+    using ConvolutionNd::ConvolutionNd;                                                       \
+    torch::Tensor forward(const torch::Tensor& input,                                         \
+                          const std::optional<at::IntArrayRef>& output_size = std::nullopt) { \
+      if (!output_size) return run(input);                                                    \
+      return run({input, torch::tensor(*output_size)});                                       \
+    }                                                                                         \
+                                                                                              \
+   protected:                                                                                 \
+    FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<at::IntArrayRef>())})      \
+  };                                                                                          \
   TORCH_MODULE(Name)
 
 VERNIER_CONVOLUTION(ConvTranspose1d, 1);
