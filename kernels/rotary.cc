@@ -18,14 +18,14 @@ Tensor rotary_embedding_kernel(const Tensor& x, const Tensor& cosine, const Tens
   VERNIER_CHECK(x.dim() == 3, "x must be [tokens, heads, size], not ", x.sizes());
   for (const auto& [table, what] : {std::pair(&cosine, "cosine"), std::pair(&sine, "sine")}) {
     check_tensor(*table, what, at::kFloat, x);
-    VERNIER_CHECK(table->dim() == 2 && table->sizes() == cosine.sizes() &&
-                      2 * table->size(1) <= x.size(2) && table->size(0) > 0 &&
-                      x.size(0) % table->size(0) == 0,
-                  what, " has shape ", table->sizes(), " but must be [rows, R / 2] with R <= ",
-                  x.size(2), " and rows a divisor of ", x.size(0), ", as cosine and sine both");
+    VERNIER_CHECK(
+        table->dim() == 2 && table->sizes() == cosine.sizes() && 2 * table->size(1) <= x.size(2) &&
+            table->size(0) > 0 && x.size(0) % table->size(0) == 0,
+        what, " has shape ", table->sizes(), " but must be [rows, R / 2] with R <= ", x.size(2),
+        " and rows a divisor of ", x.size(0), ", as cosine and sine both");
   }
-  VERNIER_CHECK(x.size(1) * x.size(2) <= std::numeric_limits<int32_t>::max(),
-                "a token of x has ", x.size(1) * x.size(2), " elements: more than 2^31 - 1");
+  VERNIER_CHECK(x.size(1) * x.size(2) <= std::numeric_limits<int32_t>::max(), "a token of x has ",
+                x.size(1) * x.size(2), " elements: more than 2^31 - 1");
   const Tensor input = x.stride(2) == 1 || x.size(2) <= 1 ? x : x.contiguous();
   const Tensor cosines = cosine.contiguous(), sines = sine.contiguous();
   const Tensor output = at::empty(x.sizes(), x.options());

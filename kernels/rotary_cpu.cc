@@ -6,7 +6,8 @@ namespace vernier::cpu {
 
 void rotary_embedding(const RotaryArguments& a) {
   with_element_type(a.type, [&]<typename T>(T*) {
-    const int64_t grain = std::max<int64_t>(1, 16 * kBlock / std::max<int64_t>(a.heads * a.size, 1));
+    const int64_t grain =
+        std::max<int64_t>(1, 16 * kBlock / std::max<int64_t>(a.heads * a.size, 1));
     parallel_for(a.tokens, grain, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
         const float* cosine = a.cosine + token % a.table_rows * a.half;
@@ -16,7 +17,8 @@ void rotary_embedding(const RotaryArguments& a) {
               static_cast<const T*>(a.input) + token * a.token_stride + head * a.head_stride;
           T* y = static_cast<T*>(a.output) + (token * a.heads + head) * a.size;
           for (int64_t i = 0; i < a.half; ++i) {
-            const float first = static_cast<float>(x[i]), second = static_cast<float>(x[i + a.half]);
+            const float first = static_cast<float>(x[i]),
+                        second = static_cast<float>(x[i + a.half]);
             y[i] = static_cast<T>(first * cosine[i] - second * sine[i]);
             y[i + a.half] = static_cast<T>(second * cosine[i] + first * sine[i]);
           }

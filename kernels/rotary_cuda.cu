@@ -31,8 +31,8 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     rotary_kernel(const __grid_constant__ RotaryArguments a) {
   const auto half = static_cast<uint32_t>(a.half), size = static_cast<uint32_t>(a.size);
-  const uint32_t pairs = half / V;                        // items of a head
-  const uint32_t items = pairs + (size - 2 * half) / V;   // with those that stay
+  const uint32_t pairs = half / V;                       // items of a head
+  const uint32_t items = pairs + (size - 2 * half) / V;  // with those that stay
   const uint32_t total = static_cast<uint32_t>(a.heads) * items;
   for (int64_t token = blockIdx.x; token < a.tokens; token += gridDim.x) {
     const int64_t row = token % a.table_rows * a.half;

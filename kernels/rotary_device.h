@@ -10,10 +10,10 @@ struct RotaryArguments {
   ElementType type = ElementType::f32;
   int64_t tokens = 0;
   int64_t heads = 0;
-  int64_t size = 0;              ///< D
-  int64_t half = 0;              ///< R / 2
-  int64_t table_rows = 1;        ///< tokens is a multiple
-  const void* input = nullptr;   ///< element d of head h of token t at t * token + h * head + d
+  int64_t size = 0;             ///< D
+  int64_t half = 0;             ///< R / 2
+  int64_t table_rows = 1;       ///< tokens is a multiple
+  const void* input = nullptr;  ///< element d of head h of token t at t * token + h * head + d
   int64_t token_stride = 0, head_stride = 0;
   const float* cosine = nullptr;  ///< [table_rows, half]
   const float* sine = nullptr;    ///< likewise

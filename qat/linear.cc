@@ -42,8 +42,8 @@ const std::optional<torch::TensorOptions>& Uninitialized::options() { return uni
 std::shared_ptr<torch::nn::LinearImpl> LinearImpl::plain() const {
   if (!uninitialized) return std::make_shared<torch::nn::LinearImpl>(options);
   // A small one, whose parameters give way.
-  const auto layer = std::make_shared<torch::nn::LinearImpl>(
-      torch::nn::LinearOptions(1, 1).bias(options.bias()));
+  const auto layer =
+      std::make_shared<torch::nn::LinearImpl>(torch::nn::LinearOptions(1, 1).bias(options.bias()));
   layer->options = options;
   layer->weight.set_data(
       torch::empty({options.out_features(), options.in_features()}, *uninitialized));

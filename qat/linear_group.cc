@@ -42,12 +42,9 @@ Tensor pre_scale_of(const QuantizerImpl&) { return torch::empty({0}); }
 // What a layer's part of the product is made of, beside its codes.
 std::array<Tensor, 6> ingredients(const nn::LinearImpl& layer) {
   const QuantizerImpl& input = *layer.input_quantizer;
-  return {input.scale(),
-          input.zero_point().value_or(Tensor()),
-          pre_scale_of(input),
-          layer.weight_quantizer->scale(),
-          layer.bias,
-          layer.weight_codes()};
+  return {input.scale(),       input.zero_point().value_or(Tensor()),
+          pre_scale_of(input), layer.weight_quantizer->scale(),
+          layer.bias,          layer.weight_codes()};
 }
 
 bool runs_integers(const nn::LinearImpl& layer) {
@@ -69,7 +66,7 @@ bool is_plain(const nn::LinearImpl& layer) {
          (scheme.symmetric || settings.policy != RangePolicy::learned);
 }
 
-bool equal(const Tensor& a, const Tensor& b) {
+bool same_values(const Tensor& a, const Tensor& b) {
   if (!a.defined() || !b.defined()) return a.defined() == b.defined();
   return a.is_alias_of(b) || (a.sizes() == b.sizes() && a.equal(b));
 }
@@ -111,7 +108,7 @@ NormCodes norm_codes(const Tensor& x, const Norm& norm, const RowQuantization& q
 // The parameters in float32, for kernels that take x in it.
 Norm in_float(const Norm& norm) {
   const auto wide = [](const Tensor& tensor) {
-    return tensor.defined() ? tensor.detach().to(torch::kFloat) : tensor;
+    return tensor.defined() ? tensor.to(torch::kFloat) : tensor;
   };
   return {wide(norm.weight), wide(norm.bias), norm.epsilon, norm.centered};
 }
@@ -119,6 +116,9 @@ Norm in_float(const Norm& norm) {
 }  // namespace
 
 Tensor normalize(const Tensor& x, const Norm& norm) {
+  const Tensor& parameter = norm.weight.defined() ? norm.weight : norm.bias;
+  if (parameter.defined() && parameter.scalar_type() != x.scalar_type())
+    return normalize(x.to(torch::kFloat), in_float(norm)).to(x.scalar_type());
   const std::vector<int64_t> size = {x.size(-1)};
   const auto given = [](const Tensor& tensor) {
     return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
@@ -147,15 +147,15 @@ Tensor activated(const Tensor& x, Activation activation) {
 // The layers' codes and scales as one layer's.
 struct LinearGroup::Joint {
   bool fused = false;
-  std::vector<Scheme> schemes;          // of the inputs
-  std::vector<Snapshot> ingredients;    // of all layers
-  RowQuantization quantization;         // of the input
-  Tensor weight, weight_scale;          // int8 [out of all, in], float32 [1] or [out of all]
-  std::optional<Tensor> bias;           // float32 [out of all]
-  std::optional<Tensor> weight_sum;     // int32 [out of all]; with a zero point
-  std::vector<int64_t> sizes;           // outputs of each layer
+  std::vector<Scheme> schemes;        // of the inputs
+  std::vector<Snapshot> ingredients;  // of all layers
+  RowQuantization quantization;       // of the input
+  Tensor weight, weight_scale;        // int8 [out of all, in], float32 [1] or [out of all]
+  std::optional<Tensor> bias;         // float32 [out of all]
+  std::optional<Tensor> weight_sum;   // int32 [out of all]; with a zero point
+  std::vector<int64_t> sizes;         // outputs of each layer
 
-  bool is_of(const std::vector<nn::Linear>& layers) const {
+  bool is_of(const Layers& layers) const {
     size_t i = 0;
     for (size_t layer = 0; layer < layers.size(); ++layer) {
       if (layers[layer]->input_quantizer->scheme() != schemes[layer]) return false;
@@ -171,17 +171,18 @@ struct LinearGroup::State {
   std::shared_ptr<const Joint> joint;
 };
 
-LinearGroup::LinearGroup(std::vector<nn::Linear> layers)
-    : layers_(std::move(layers)), state_(std::make_shared<State>()) {
+LinearGroup::LinearGroup(const std::vector<nn::Linear>& layers)
+    : state_(std::make_shared<State>()) {
+  for (const nn::Linear& layer : layers) layers_.push_back(layer.ptr());
   VERNIER_CHECK(!layers_.empty(), "a group of layers needs one at least");
-  for (const nn::Linear& layer : layers_)
-    VERNIER_CHECK(layer->options.in_features() == layers_[0]->options.in_features(),
-                  "layers of ", layers_[0]->options.in_features(), " and ",
-                  layer->options.in_features(), " inputs cannot read one activation");
+  for (const auto& layer : layers_)
+    VERNIER_CHECK(layer->options.in_features() == layers_[0]->options.in_features(), "layers of ",
+                  layers_[0]->options.in_features(), " and ", layer->options.in_features(),
+                  " inputs cannot read one activation");
 }
 
 std::shared_ptr<const LinearGroup::Joint> LinearGroup::joint(torch::Device device) const {
-  for (const nn::Linear& layer : layers_)
+  for (const auto& layer : layers_)
     if (!is_plain(*layer) || layer->weight_codes().device() != device) return nullptr;
   const std::lock_guard lock(state_->mutex);
   if (!state_->joint || !state_->joint->is_of(layers_)) {
@@ -196,22 +197,21 @@ std::shared_ptr<const LinearGroup::Joint> LinearGroup::join() const {
   auto joint = std::make_shared<Joint>();
   const QuantizerImpl& input = *layers_[0]->input_quantizer;
   joint->fused = true;
-  for (const nn::Linear& layer : layers_) {
+  for (const auto& layer : layers_) {
     const QuantizerImpl& other = *layer->input_quantizer;
     joint->schemes.push_back(other.scheme());
     joint->fused = joint->fused && other.scheme() == input.scheme() &&
-                   equal(pre_scale_of(other), pre_scale_of(input)) &&
-                   (input.scheme().dynamic ||
-                    (equal(other.scale(), input.scale()) &&
-                     equal(other.zero_point().value_or(Tensor()),
-                           input.zero_point().value_or(Tensor()))));
+                   same_values(pre_scale_of(other), pre_scale_of(input)) &&
+                   (input.scheme().dynamic || (same_values(other.scale(), input.scale()) &&
+                                               same_values(other.zero_point().value_or(Tensor()),
+                                                     input.zero_point().value_or(Tensor()))));
   }
   if (joint->fused) {
     joint->quantization = row_quantization_of(input);
     const bool scale_a_channel = layers_.size() > 1;
     std::vector<Tensor> weights, scales, biases, sums;
     bool biased = false;
-    for (const nn::Linear& layer : layers_) {
+    for (const auto& layer : layers_) {
       const int64_t size = layer->options.out_features();
       joint->sizes.push_back(size);
       weights.push_back(layer->weight_codes());
@@ -231,13 +231,13 @@ std::shared_ptr<const LinearGroup::Joint> LinearGroup::join() const {
     if (!sums.empty()) joint->weight_sum = joined(sums);
     // One copy of the codes in memory, not two.
     int64_t row = 0;
-    for (const nn::Linear& layer : layers_) {
+    for (const auto& layer : layers_) {
       const int64_t size = layer->options.out_features();
       if (layers_.size() > 1) layer->keep_weight_codes_in(joint->weight.narrow(0, row, size));
       row += size;
     }
   }
-  for (const nn::Linear& layer : layers_)
+  for (const auto& layer : layers_)
     for (const Tensor& tensor : ingredients(*layer)) joint->ingredients.emplace_back(tensor);
   return joint;
 }
@@ -245,8 +245,8 @@ std::shared_ptr<const LinearGroup::Joint> LinearGroup::join() const {
 // [rows, in] or [..., in] times all weights.
 std::vector<Tensor> LinearGroup::multiply(const Joint& joint, const Tensor& codes,
                                           const Tensor& scale, torch::Dtype dtype) const {
-  Int8LinearOperands operands{codes.reshape({-1, codes.size(-1)}), joint.weight, scale.reshape({-1}),
-                              joint.weight_scale};
+  Int8LinearOperands operands{codes.reshape({-1, codes.size(-1)}), joint.weight,
+                              scale.reshape({-1}), joint.weight_scale};
   operands.bias = joint.bias;
   operands.input_zero_point = joint.quantization.zero_point;
   operands.weight_sum = joint.weight_sum;
@@ -258,14 +258,14 @@ std::vector<Tensor> LinearGroup::multiply(const Joint& joint, const Tensor& code
 }
 
 bool LinearGroup::any_integer() const {
-  for (const nn::Linear& layer : layers_)
+  for (const auto& layer : layers_)
     if (runs_integers(*layer)) return true;
   return false;
 }
 
 std::vector<Tensor> LinearGroup::one_by_one(const Tensor& x) const {
   std::vector<Tensor> outputs;
-  for (const nn::Linear& layer : layers_) outputs.push_back(layer->forward(x));
+  for (const auto& layer : layers_) outputs.push_back(layer->forward(x));
   return outputs;
 }
 
@@ -273,7 +273,7 @@ std::vector<Tensor> LinearGroup::one_by_one(const Tensor& x) const {
 // the same roundings as where codes are made of the values at once.
 std::vector<Tensor> LinearGroup::one_by_one(const Tensor& values, torch::Dtype dtype) const {
   std::vector<Tensor> outputs;
-  for (const nn::Linear& layer : layers_) {
+  for (const auto& layer : layers_) {
     const Tensor output = layer->forward(runs_integers(*layer) ? values : values.to(dtype));
     outputs.push_back(layer->emits_codes() ? output : output.to(dtype));
   }

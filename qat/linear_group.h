@@ -40,7 +40,7 @@ class LinearGroup {
  public:
   LinearGroup() = default;
   /// Throws Error where there is no layer, or two take inputs of different sizes.
-  explicit LinearGroup(std::vector<nn::Linear> layers);
+  explicit LinearGroup(const std::vector<nn::Linear>& layers);
 
   /// The layers' outputs for x [..., in], in their order: [..., out] each, in x's dtype.
   std::vector<torch::Tensor> forward(const torch::Tensor& x) const;
@@ -50,8 +50,7 @@ class LinearGroup {
     torch::Tensor stream;
     std::vector<torch::Tensor> outputs;
   };
-  OfStream of_norm(const Norm& norm, const torch::Tensor& x,
-                   const torch::Tensor& added = {}) const;
+  OfStream of_norm(const Norm& norm, const torch::Tensor& x, const torch::Tensor& added = {}) const;
 
   /// Of activation(x).
   std::vector<torch::Tensor> of_activation(const torch::Tensor& x, Activation activation) const;
@@ -63,6 +62,7 @@ class LinearGroup {
   bool fuses(torch::Device device) const { return joint(device) != nullptr; }
 
  private:
+  using Layers = std::vector<std::shared_ptr<nn::LinearImpl>>;
   struct Joint;
   struct State;
 
@@ -74,7 +74,7 @@ class LinearGroup {
   std::vector<torch::Tensor> one_by_one(const torch::Tensor& x) const;
   std::vector<torch::Tensor> one_by_one(const torch::Tensor& values, torch::Dtype dtype) const;
 
-  std::vector<nn::Linear> layers_;
+  Layers layers_;
   std::shared_ptr<State> state_;
 };
 

@@ -54,8 +54,7 @@ TEST_F(IntegerInferenceGpuTest, RotaryAsOnTheCpu) {
         const Tensor x = wide.narrow(1, 2 * size, 5 * size).unflatten(1, {5, size});
         SCOPED_TRACE(c10::toString(dtype) + std::string(" ") + std::to_string(size) + " " +
                      std::to_string(half));
-        const Tensor on_gpu =
-            gpu(wide).narrow(1, 2 * size, 5 * size).unflatten(1, {5, size});
+        const Tensor on_gpu = gpu(wide).narrow(1, 2 * size, 5 * size).unflatten(1, {5, size});
         EXPECT_TRUE(same(rotary_embedding(x, cosine, sine),
                          rotary_embedding(on_gpu, gpu(cosine), gpu(sine))));
         const Tensor odd = gpu(wide).narrow(1, 1, 5 * size).unflatten(1, {5, size});

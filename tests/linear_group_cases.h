@@ -62,7 +62,8 @@ inline std::vector<GroupUse> group_uses(torch::Dtype dtype, torch::Device device
   return {
       {"plain", [=](const LinearGroup& group) { return group.forward(x); }},
       {"rms", [=](const LinearGroup& group) { return all_of(group.of_norm(rms, x)); }},
-      {"rms, added", [=](const LinearGroup& group) { return all_of(group.of_norm(rms, x, other)); }},
+      {"rms, added",
+       [=](const LinearGroup& group) { return all_of(group.of_norm(rms, x, other)); }},
       {"layer norm, added",
        [=](const LinearGroup& group) { return all_of(group.of_norm(layer_norm, x, other)); }},
       {"gelu",

@@ -151,9 +151,10 @@ TEST_F(LinearGroupTest, OtherModesAreTheLayersOwnAndDifferentiable) {
 
 TEST_F(LinearGroupTest, Errors) {
   EXPECT_CONTAINS(message_of([] { LinearGroup(std::vector<nn::Linear>{}); }), "needs one at least");
-  EXPECT_CONTAINS(
-      message_of([] { LinearGroup({nn::Linear(3, 4), nn::Linear(5, 4)}); }),
-      "layers of 3 and 5 inputs cannot read one activation");
+  EXPECT_CONTAINS(message_of([] {
+                    LinearGroup({nn::Linear(3, 4), nn::Linear(5, 4)});
+                  }),
+                  "layers of 3 and 5 inputs cannot read one activation");
 }
 
 }  // namespace

@@ -22,11 +22,13 @@ TEST(Rotary, AsTorchsOperations) {
       const auto [cosine, sine] = rotary_tables(6, half);
       const Tensor wide = torch::randn({12, 5 * 32 + 3}).to(dtype);
       const Tensor slice = wide.narrow(1, 3, 3 * 32).unflatten(1, {3, 32});
-      EXPECT_TRUE(torch::equal(rotary_embedding(slice, cosine, sine), rotated(slice, cosine, sine)));
+      EXPECT_TRUE(
+          torch::equal(rotary_embedding(slice, cosine, sine), rotated(slice, cosine, sine)));
     }
   }
-  EXPECT_EQ(rotary_embedding(torch::empty({0, 2, 8}), torch::rand({1, 4}), torch::rand({1, 4})).sizes(),
-            at::IntArrayRef({0, 2, 8}));
+  EXPECT_EQ(
+      rotary_embedding(torch::empty({0, 2, 8}), torch::rand({1, 4}), torch::rand({1, 4})).sizes(),
+      at::IntArrayRef({0, 2, 8}));
 }
 
 TEST(Rotary, GradientsAreTorchs) {
@@ -43,8 +45,9 @@ TEST(Rotary, GradientsAreTorchs) {
 
 TEST(Rotary, MetaAndErrors) {
   const Tensor x = torch::randn({6, 2, 16}), table = torch::rand({3, 8});
-  EXPECT_EQ(rotary_embedding(x.to(torch::kMeta), table.to(torch::kMeta), table.to(torch::kMeta)).sizes(),
-            x.sizes());
+  EXPECT_EQ(
+      rotary_embedding(x.to(torch::kMeta), table.to(torch::kMeta), table.to(torch::kMeta)).sizes(),
+      x.sizes());
   const auto error = [&](const Tensor& values, const Tensor& cosine, const Tensor& sine) {
     return message_of([&] { rotary_embedding(values, cosine, sine); });
   };

@@ -23,8 +23,8 @@ std::string first_line(const std::exception& error) {
 
 constexpr double kReplayUs = 2000;
 constexpr double kReplayUsOnCpu = 500;
-// Of steps of a model: long enough for the GPU to settle at the clock that the power they need leaves
-// it, whatever ran before.
+// Of steps of a model: long enough for the GPU to settle at the clock that the power they need
+// leaves it, whatever ran before.
 constexpr double kLaunchedUs = 20000;
 
 // What a call needs of the GPU's memory at most, beyond what was there before it and with its

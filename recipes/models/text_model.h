@@ -36,8 +36,8 @@ class TextModel : public torch::nn::Module {
   /// the configuration's own: part of the fingerprint.
   virtual std::string settings() const = 0;
 
-  /// Where per-channel factors can go: every quantized layer is a reader in one group at most. Valid
-  /// while the model lives.
+  /// Where per-channel factors can go: every quantized layer is a reader in one group at most.
+  /// Valid while the model lives.
   virtual std::vector<SmoothingGroup> smoothing_groups() = 0;
 
   /// A parameter's value as a Hugging Face folder lays it out, under the same name, and back: the
