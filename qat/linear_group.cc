@@ -37,13 +37,11 @@ class Snapshot {
   int64_t version_;
 };
 
-Tensor pre_scale_of(const QuantizerImpl&) { return torch::empty({0}); }
-
 // What a layer's part of the product is made of, beside its codes.
 std::array<Tensor, 6> ingredients(const nn::LinearImpl& layer) {
   const QuantizerImpl& input = *layer.input_quantizer;
   return {input.scale(),       input.zero_point().value_or(Tensor()),
-          pre_scale_of(input), layer.weight_quantizer->scale(),
+          input.pre_scale(), layer.weight_quantizer->scale(),
           layer.bias,          layer.weight_codes()};
 }
 
@@ -54,12 +52,14 @@ bool runs_integers(const nn::LinearImpl& layer) {
 // Whether the kernels that end in codes of whole rows can quantize for a layer, and nothing else
 // has to be done to its input or output.
 bool is_plain(const nn::LinearImpl& layer) {
-  if (!runs_integers(layer) || layer.has_probe() || !layer.input_from().empty() ||
+  if (!runs_integers(layer) || layer.is_watched() || !layer.input_from().empty() ||
       layer.output_quantizer || layer.batch_norm || !layer.weight_codes().defined())
     return false;
   const QuantizerSettings& settings = layer.input_quantizer->settings();
   const Scheme& scheme = settings.scheme;
-  if (scheme.dynamic) return scheme.granularity == Granularity::per_token && scheme.symmetric;
+  if (scheme.dynamic)
+    return scheme.granularity == Granularity::per_token && scheme.symmetric &&
+           settings.policy == RangePolicy::frozen;
   return scheme.granularity == Granularity::per_tensor &&
          settings.policy != RangePolicy::following &&
          // The codes' zero point is made of the parameter anew each time.
@@ -78,7 +78,7 @@ RowQuantization row_quantization_of(const QuantizerImpl& quantizer) {
     q.scale = quantizer.scale().detach();
     q.zero_point = quantizer.zero_point();
   }
-  if (pre_scale_of(quantizer).numel() > 0) q.pre_scale = pre_scale_of(quantizer);
+  if (quantizer.pre_scale().numel() > 0) q.pre_scale = quantizer.pre_scale();
   q.bits = scheme.bits;
   q.narrow_range = scheme.narrow_range;
   return q;
@@ -201,7 +201,7 @@ std::shared_ptr<const LinearGroup::Joint> LinearGroup::join() const {
     const QuantizerImpl& other = *layer->input_quantizer;
     joint->schemes.push_back(other.scheme());
     joint->fused = joint->fused && other.scheme() == input.scheme() &&
-                   same_values(pre_scale_of(other), pre_scale_of(input)) &&
+                   same_values(other.pre_scale(), input.pre_scale()) &&
                    (input.scheme().dynamic || (same_values(other.scale(), input.scale()) &&
                                                same_values(other.zero_point().value_or(Tensor()),
                                                      input.zero_point().value_or(Tensor()))));
