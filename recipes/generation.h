@@ -47,6 +47,7 @@ struct GenerationOptions {
   uint64_t seed = 0;
   std::vector<int64_t> stop;  ///< tokens after which a text ends, and with which
   int64_t batch_size = 16;    ///< prompts of equal length that are continued together
+  CacheFormat cache = CacheFormat::full;
 };
 
 struct Generation {

@@ -27,7 +27,7 @@ class IntegerInferenceGpuTest : public testing::GpuTest {};
 TEST_F(IntegerInferenceGpuTest, FusedAsOneByOneAndWithoutWaiting) {
   for (const Scheme& scheme : group_input_schemes()) {
     for (const torch::Dtype dtype : kDtypes) {
-      const auto layers = group_layers(scheme, dtype, torch::kCUDA);
+      auto layers = group_layers(scheme, dtype, torch::kCUDA);
       const LinearGroup group(layers);
       for (const GroupUse& use : group_uses(dtype, torch::kCUDA)) {
         SCOPED_TRACE(to_string(scheme) + " " + c10::toString(dtype) + " " + use.name);

@@ -29,7 +29,7 @@ class LinearGroupTest : public ::testing::Test {
 TEST_F(LinearGroupTest, FusedAsOneByOne) {
   for (const Scheme& scheme : group_input_schemes()) {
     for (const torch::Dtype dtype : kDtypes) {
-      const auto layers = group_layers(scheme, dtype);
+      auto layers = group_layers(scheme, dtype);
       const LinearGroup group(layers);
       for (const GroupUse& use : group_uses(dtype)) {
         SCOPED_TRACE(concat(to_string(scheme), " ", dtype, " ", use.name));
@@ -54,7 +54,7 @@ TEST_F(LinearGroupTest, FusedAsOneByOne) {
 
 TEST_F(LinearGroupTest, CodesAreThoseOfTheFloat32Values) {
   const Scheme scheme = symmetric_scheme(8);
-  const auto layers = group_layers(scheme, torch::kBFloat16, torch::kCPU, {16});
+  auto layers = group_layers(scheme, torch::kBFloat16, torch::kCPU, {16});
   const Tensor x = torch::randn({5, kGroupIn}).to(torch::kBFloat16), gate = x * 2;
   Tensor codes;
   layers[0]->set_probe([&](const std::vector<Tensor>& inputs, const Tensor&) {
@@ -68,14 +68,14 @@ TEST_F(LinearGroupTest, CodesAreThoseOfTheFloat32Values) {
 
 TEST_F(LinearGroupTest, FallsBack) {
   const Tensor x = torch::randn({4, kGroupIn});
-  const auto outputs = [&](const std::vector<nn::Linear>& layers) {
+  const auto outputs = [&](std::vector<nn::Linear>& layers) {
     std::vector<Tensor> all;
-    for (const nn::Linear& layer : layers) all.push_back(layer.ptr()->forward(x));
+    for (nn::Linear& layer : layers) all.push_back(layer->forward(x));
     return all;
   };
   const auto falls_back = [&](const char* why, const auto& change) {
     SCOPED_TRACE(why);
-    const auto layers = group_layers(symmetric_scheme(8), torch::kFloat);
+    auto layers = group_layers(symmetric_scheme(8), torch::kFloat);
     const LinearGroup group(layers);
     ASSERT_TRUE(group.fuses(torch::kCPU));
     change(*layers[2]);
@@ -99,27 +99,27 @@ TEST_F(LinearGroupTest, FallsBack) {
 }
 
 TEST_F(LinearGroupTest, FollowsChanges) {
-  const auto layers = group_layers(symmetric_scheme(8), torch::kFloat);
+  auto layers = group_layers(symmetric_scheme(8), torch::kFloat);
   const LinearGroup group(layers);
   const Tensor x = torch::randn({4, kGroupIn});
   const auto same_as_layers = [&] {
     EXPECT_TRUE(group.fuses(torch::kCPU));
     const auto outputs = group.forward(x);
     for (size_t i = 0; i < layers.size(); ++i) {
-      const nn::Linear& layer = layers[i];
-      EXPECT_TRUE(same_bits(layer.ptr()->forward(x), outputs[i]));
+      nn::Linear& layer = layers[i];
+      EXPECT_TRUE(same_bits(layer->forward(x), outputs[i]));
     }
   };
   same_as_layers();
   for (const float scale : {0.5f, 0.25f, 0.125f}) {
-    for (const nn::Linear& layer : layers)
+    for (nn::Linear& layer : layers)
       layer->input_quantizer->set_scale(torch::full({1}, scale), std::nullopt);
     same_as_layers();
   }
   const torch::NoGradGuard no_grad;
   layers[0]->bias.add_(1);
   same_as_layers();
-  for (const nn::Linear& layer : layers) {
+  for (nn::Linear& layer : layers) {
     layer->weight.mul_(-0.5);
     layer->set_mode(Mode::full);
     layer->set_mode(Mode::integer);
@@ -131,16 +131,16 @@ TEST_F(LinearGroupTest, FollowsChanges) {
 
 TEST_F(LinearGroupTest, OtherModesAreTheLayersOwnAndDifferentiable) {
   for (const Mode mode : {Mode::full, Mode::fake_quant}) {
-    const auto layers = group_layers(symmetric_scheme(8), torch::kFloat);
-    for (const nn::Linear& layer : layers) layer->set_mode(mode);
+    auto layers = group_layers(symmetric_scheme(8), torch::kFloat);
+    for (nn::Linear& layer : layers) layer->set_mode(mode);
     const LinearGroup group(layers);
     const Tensor x = torch::randn({4, kGroupIn}).requires_grad_();
     const Norm norm{torch::rand({kGroupIn}).requires_grad_(), {}, 1e-6, false};
     const auto result = group.of_norm(norm, x, x * 0.5);
     const Tensor normed = torch::rms_norm(x * 1.5, {kGroupIn}, norm.weight, 1e-6);
     for (size_t i = 0; i < layers.size(); ++i) {
-      const nn::Linear& layer = layers[i];
-      EXPECT_TRUE(torch::allclose(layer.ptr()->forward(normed), result.outputs[i]));
+      nn::Linear& layer = layers[i];
+      EXPECT_TRUE(torch::allclose(layer->forward(normed), result.outputs[i]));
     }
     (result.outputs[0].sum() + result.stream.sum()).backward();
     EXPECT_GT(x.grad().abs().sum().item<double>(), 0);
