@@ -6,6 +6,7 @@
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
+#include <charconv>
 #include <filesystem>
 #include <fstream>
 #include <set>
@@ -154,6 +155,16 @@ std::vector<std::string> recipe_names() {
   return names;
 }
 
+std::optional<double> smoothing_alpha(const std::string& smoothing) {
+  if (smoothing == "auto" || smoothing == "auto-global") return std::nullopt;
+  double alpha = 0;
+  const char* end = smoothing.data() + smoothing.size();
+  const auto [stopped, error] = std::from_chars(smoothing.data(), end, alpha);
+  VERNIER_CHECK(error == std::errc() && stopped == end && alpha >= 0 && alpha <= 1,
+                "smoothing must be auto, auto-global or an alpha in [0, 1], not '", smoothing, "'");
+  return alpha;
+}
+
 Recipe parse_recipe(const std::string& yaml, const std::string& source) {
   YAML::Node root;
   try {
@@ -177,6 +188,8 @@ Recipe parse_recipe(const std::string& yaml, const std::string& source) {
     recipe.activations = parse_settings(activations, source + ": activations", base);
     check_runs(recipe.weights, recipe.activations, source);
     recipe.first_last = parse_first_last(fields.get<std::string>("first_last", ""), source);
+    recipe.smoothing = fields.get<std::string>("smoothing", "");
+    if (!recipe.smoothing.empty()) smoothing_alpha(recipe.smoothing);
     recipe.rules = parse_rules(fields.node("rules"), recipe, source);
     fields.done();
     return recipe;

@@ -4,6 +4,7 @@
 #include <vernier/calibration/statistics_file.h>
 #include <vernier/qat/prepare.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,7 @@ namespace vernier {
 ///                   percentile: 99.99}
 ///     skip: ["lm_head", "*.pooler.*"]   # names that stay in full precision, * and ? as in a shell
 ///     first_last: 8                     # or float: what the first and the last layer get
+///     smoothing: auto                   # or auto-global, or an alpha: smooth_model()
 ///     rules:                            # exceptions by name and type; the first that matches
 ///       - {match: "*.attention.*", type: Linear, weights: {bits: 8}}
 ///
@@ -25,7 +27,12 @@ namespace vernier {
 struct Recipe : QuantizationRules {
   std::string name;
   std::string description;
+  std::string
+      smoothing;  ///< before quantizing: "auto", "auto-global", an alpha in [0, 1]; "": none
 };
+
+/// The alpha that a `smoothing` names; none where it is searched. Throws Error for anything else.
+std::optional<double> smoothing_alpha(const std::string& smoothing);
 
 /// Names of the built-in recipes.
 std::vector<std::string> recipe_names();
