@@ -5,10 +5,9 @@
 #include <vernier/kernels/error.h>
 #include <vernier/qat/linear.h>
 #include <vernier/recipes/models/bert.h>
-#include <vernier/recipes/models/config.h>
+#include <vernier/recipes/models/blocks.h>
 #include <nlohmann/json.hpp>
 
-#include <set>
 #include <string>
 #include <vector>
 
@@ -43,24 +42,6 @@ BertConfig read_config(const nlohmann::json& json) {
   VERNIER_CHECK(result.hidden % result.heads == 0, "hidden_size ", result.hidden,
                 " is not a multiple of num_attention_heads ", result.heads);
   return result;
-}
-
-// One dimension of a tensor and the field that says it.
-struct Dimension {
-  const char* field;
-  int64_t size;
-};
-
-void check_shape(const TensorShapes& shapes, const std::string& name,
-                 const std::vector<Dimension>& dimensions) {
-  const auto found = shapes.find(name);
-  VERNIER_CHECK(found != shapes.end(), "tensor '", name, "' is missing");
-  const std::vector<int64_t>& shape = found->second;
-  VERNIER_CHECK(shape.size() == dimensions.size(), "tensor '", name, "' has shape ",
-                at::IntArrayRef(shape), ": it needs ", dimensions.size(), " dimensions");
-  for (size_t i = 0; i < shape.size(); ++i)
-    VERNIER_CHECK(shape[i] == dimensions[i].size, dimensions[i].field, " is ", dimensions[i].size,
-                  " but tensor '", name, "' has shape ", at::IntArrayRef(shape));
 }
 
 torch::nn::LayerNorm layer_norm(const BertConfig& config) {
@@ -191,6 +172,21 @@ class Bert : public TextModel {
                           {"hidden_act", config_.tanh_gelu ? "gelu_tanh" : "gelu"}}
         .dump();
   }
+  // The norms come after the residuals, so that the next residual reads them as well: no factor can
+  // be folded into them.
+  std::vector<SmoothingGroup> smoothing_groups() override {
+    std::vector<SmoothingGroup> groups;
+    for (int64_t i = 0; i < config_.layers; ++i) {
+      const std::string name = concat("encoder.layer.", i), self = name + ".attention.self.";
+      const auto* layer = encoder_->layers[i]->as<Layer>();
+      groups.push_back(free_group({self + "query", self + "key", self + "value"}));
+      groups.push_back(linear_group(self + "value", layer->attention->self->value,
+                                    name + ".attention.output.dense"));
+      groups.push_back(free_group({name + ".intermediate.dense"}));
+      groups.push_back(free_group({name + ".output.dense"}));
+    }
+    return groups;
+  }
   int64_t vocabulary() const override { return config_.vocabulary; }
   int64_t max_length() const override { return config_.positions; }
 
@@ -200,50 +196,49 @@ class Bert : public TextModel {
   std::shared_ptr<Encoder> encoder_;
 };
 
-}  // namespace
-
-void check_bert(const nlohmann::json& json, const TensorShapes& shapes) {
+void check(const nlohmann::json& json, const TensorShapes& shapes) {
   const BertConfig config = read_config(json);
+  const ShapeCheck check(shapes);
   const Dimension vocabulary{"vocab_size", config.vocabulary}, hidden{"hidden_size", config.hidden},
       positions{"max_position_embeddings", config.positions},
       types{"type_vocab_size", config.types},
       intermediate{"intermediate_size", config.intermediate};
-  const auto check_norm = [&](const std::string& name) {
-    check_shape(shapes, name + ".weight", {hidden});
-    check_shape(shapes, name + ".bias", {hidden});
-  };
-  const auto check_linear = [&](const std::string& name, const Dimension& out,
-                                const Dimension& in) {
-    check_shape(shapes, name + ".weight", {out, in});
-    check_shape(shapes, name + ".bias", {out});
-  };
-  check_shape(shapes, "embeddings.word_embeddings.weight", {vocabulary, hidden});
-  check_shape(shapes, "embeddings.position_embeddings.weight", {positions, hidden});
-  check_shape(shapes, "embeddings.token_type_embeddings.weight", {types, hidden});
-  check_norm("embeddings.LayerNorm");
-
-  const std::string prefix = "encoder.layer.";
-  std::set<std::string> stored;  // numbers of layers
-  for (const auto& [name, shape] : shapes)
-    if (name.starts_with(prefix))
-      stored.insert(name.substr(prefix.size(), name.find('.', prefix.size()) - prefix.size()));
-  VERNIER_CHECK(config.layers == static_cast<int64_t>(stored.size()), "num_hidden_layers is ",
-                config.layers, " but there are tensors '", prefix, "N.*' of ", stored.size(),
-                " layers");
+  check.tensor("embeddings.word_embeddings.weight", {vocabulary, hidden});
+  check.tensor("embeddings.position_embeddings.weight", {positions, hidden});
+  check.tensor("embeddings.token_type_embeddings.weight", {types, hidden});
+  check.norm("embeddings.LayerNorm", hidden);
+  check.layers("encoder.layer", {"num_hidden_layers", config.layers});
   for (int64_t i = 0; i < config.layers; ++i) {
-    const std::string layer = concat(prefix, i);
+    const std::string layer = concat("encoder.layer.", i);
     for (const char* name : {".attention.self.query", ".attention.self.key",
                              ".attention.self.value", ".attention.output.dense"})
-      check_linear(layer + name, hidden, hidden);
-    check_norm(layer + ".attention.output.LayerNorm");
-    check_linear(layer + ".intermediate.dense", intermediate, hidden);
-    check_linear(layer + ".output.dense", hidden, intermediate);
-    check_norm(layer + ".output.LayerNorm");
+      check.linear(layer + name, hidden, hidden);
+    check.norm(layer + ".attention.output.LayerNorm", hidden);
+    check.linear(layer + ".intermediate.dense", intermediate, hidden);
+    check.linear(layer + ".output.dense", hidden, intermediate);
+    check.norm(layer + ".output.LayerNorm", hidden);
   }
 }
 
+}  // namespace
+
 std::shared_ptr<TextModel> make_bert(const nlohmann::json& config) {
   return std::make_shared<Bert>(read_config(config));
+}
+
+Family bert_family() {
+  Family family;
+  family.architecture = "BertModel";
+  family.make = make_bert;
+  family.check = check;
+  family.parameter_name = [](const std::string& stored) {
+    return stored.starts_with("bert.") ? stored.substr(5) : stored;  // what heads put before
+  };
+  family.unused = [](const std::string& name) {
+    return name.starts_with("pooler.") || name == "embeddings.position_ids" ||
+           name.starts_with("cls.") || name.starts_with("classifier.");
+  };
+  return family;
 }
 
 }  // namespace vernier

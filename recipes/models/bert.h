@@ -2,8 +2,7 @@
 // MiniLM among them.
 #pragma once
 
-#include <vernier/recipes/models/text_model.h>
-#include <nlohmann/json_fwd.hpp>
+#include <vernier/recipes/models/family.h>
 
 namespace vernier {
 
@@ -11,9 +10,6 @@ namespace vernier {
 /// it does not implement.
 std::shared_ptr<TextModel> make_bert(const nlohmann::json& config);
 
-/// Holds the configuration's sizes against the shapes of a BertModel's tensors, before a model is
-/// made of it. Throws Error, naming field and tensor, where they contradict each other or a tensor
-/// is missing.
-void check_bert(const nlohmann::json& config, const TensorShapes& shapes);
+Family bert_family();
 
 }  // namespace vernier

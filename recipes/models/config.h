@@ -40,6 +40,13 @@ class ConfigReader {
     return value->get<double>();
   }
 
+  bool flag(const char* field, bool otherwise) const {
+    const nlohmann::json* value = find(field);
+    if (!value) return otherwise;
+    VERNIER_CHECK(value->is_boolean(), field, " must be true or false, not ", value->dump());
+    return value->get<bool>();
+  }
+
   /// One of the names that are implemented.
   std::string one_of(const char* field, std::initializer_list<const char*> names,
                      const char* otherwise) const {
@@ -51,6 +58,16 @@ class ConfigReader {
       known += concat(known.empty() ? "" : ", ", name);
     }
     throw Error(concat(field, " ", value->dump(), " is not implemented (", known, ")"));
+  }
+
+  bool has(const char* field) const { return find(field) != nullptr; }
+
+  /// The object of a field, empty where it is missing or null.
+  nlohmann::json object(const char* field) const {
+    const nlohmann::json* value = find(field);
+    if (!value) return nlohmann::json::object();
+    VERNIER_CHECK(value->is_object(), field, " must be an object, not ", value->dump());
+    return *value;
   }
 
   /// Throws Error when the field is there with another value: one that this program does not

@@ -2,11 +2,12 @@
 #include <vernier/export/safetensors.h>
 #include <vernier/kernels/error.h>
 #include <vernier/recipes/models/bert.h>
+#include <vernier/recipes/models/llama.h>
+#include <vernier/recipes/models/opt.h>
 #include <vernier/recipes/models/text_model.h>
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <array>
 #include <fstream>
 #include <map>
 #include <numeric>
@@ -18,22 +19,12 @@ namespace {
 using torch::Tensor;
 namespace fs = std::filesystem;
 
-struct Family {
-  const char* architecture;
-  std::shared_ptr<TextModel> (*make)(const nlohmann::json&);
-  void (*check)(const nlohmann::json&, const TensorShapes&);
-  const char* prefix;               // what task heads put before the names of the bare model
-  std::vector<const char*> unused;  // beginnings of names that the model does not need
-};
-
-const std::array<Family, 1>& families() {
-  static const std::array<Family, 1> all = {{
-      {"BertModel",
-       make_bert,
-       check_bert,
-       "bert.",
-       {"pooler.", "embeddings.position_ids", "cls.", "classifier."}},
-  }};
+const std::vector<Family>& families() {
+  static const std::vector<Family> all = [] {
+    std::vector<Family> made = {bert_family(), opt_family()};
+    for (Family& family : llama_families()) made.push_back(std::move(family));
+    return made;
+  }();
   return all;
 }
 
@@ -80,11 +71,6 @@ std::string read_text(const fs::path& path) {
   return text.str();
 }
 
-bool starts_with_any(const std::string& name, const std::vector<const char*>& beginnings) {
-  return std::any_of(beginnings.begin(), beginnings.end(),
-                     [&](const char* beginning) { return name.starts_with(beginning); });
-}
-
 std::shared_ptr<TextModel> load_folder(const fs::path& folder) {
   const fs::path config_path = folder / "config.json";
   CheckpointInfo info;
@@ -98,22 +84,25 @@ std::shared_ptr<TextModel> load_folder(const fs::path& folder) {
   info.architecture = names->front().get<std::string>();
   const Family& family = family_of(info.architecture, config_path.string());
   const SafetensorsFolder weights = SafetensorsFolder::open(folder);
-  std::map<std::string, std::string> stored_name;  // by the bare model's name
+  std::map<std::string, std::string> stored_name;  // by the parameter's
   TensorShapes shapes;
   for (const std::string& name : weights.names()) {
-    const auto [item, added] = stored_name.emplace(
-        name.starts_with(family.prefix) ? name.substr(std::string(family.prefix).size()) : name,
-        name);
-    if (added) shapes.emplace(item->first, weights.info(name).shape);
+    const auto [item, added] =
+        stored_name.emplace(family.parameter_name ? family.parameter_name(name) : name, name);
+    if (!added) continue;
+    std::vector<int64_t> shape = weights.info(name).shape;
+    if (family.transposed && family.transposed(item->first)) std::reverse(shape.begin(), shape.end());
+    shapes.emplace(item->first, std::move(shape));
   }
   auto model = make_model(info, shapes, config_path.string());
+  const std::string stored_embedding = family.embedding ? stored_name.at(family.embedding) : "";
 
   const torch::NoGradGuard no_grad;
   for (auto& item : model->named_parameters()) {
     const auto found = stored_name.find(item.key());
     VERNIER_CHECK(found != stored_name.end(), folder.string(), ": tensor '", item.key(),
                   "' is missing from the safetensors files");
-    const Tensor value = weights.tensor(found->second);
+    const Tensor value = model->from_stored(item.key(), weights.tensor(found->second));
     VERNIER_CHECK(value.sizes() == item.value().sizes(), folder.string(), ": tensor '",
                   found->second, "' has shape ", value.sizes(), " but config.json asks for ",
                   item.value().sizes());
@@ -126,9 +115,16 @@ std::shared_ptr<TextModel> load_folder(const fs::path& folder) {
     item.value().set_data(full);
     stored_name.erase(found);
   }
-  for (const auto& [name, stored] : stored_name)
-    VERNIER_CHECK(starts_with_any(name, family.unused), folder.string(), ": tensor '", stored,
+  for (const auto& [name, stored] : stored_name) {
+    if (family.output && name == family.output) {
+      VERNIER_CHECK(torch::equal(weights.tensor(stored), weights.tensor(stored_embedding)),
+                    folder.string(), ": tensor '", stored, "' differs from '", family.embedding,
+                    "', to which tie_word_embeddings ties it: set that to false");
+      continue;
+    }
+    VERNIER_CHECK(family.unused && family.unused(name), folder.string(), ": tensor '", stored,
                   "' has no place in a ", info.architecture);
+  }
   model->info.fingerprint = fingerprint_of(*model);
   return model;
 }

@@ -4,6 +4,7 @@
 #include <torch/nn/module.h>
 #include <torch/types.h>
 #include <vernier/export/checkpoint.h>
+#include <vernier/smoothquant/groups.h>
 
 #include <filesystem>
 #include <memory>
@@ -34,6 +35,20 @@ class TextModel : public torch::nn::Module {
   /// What of the configuration changes the result but shows in no parameter, in one form whatever
   /// the configuration's own: part of the fingerprint.
   virtual std::string settings() const = 0;
+
+  /// Where per-channel factors can go: every quantized layer is a reader in one group at most. Valid
+  /// while the model lives.
+  virtual std::vector<SmoothingGroup> smoothing_groups() = 0;
+
+  /// A parameter's value as a Hugging Face folder lays it out, under the same name, and back: the
+  /// same tensor unless the family says otherwise. Of a linear's weight or bias, or anything else
+  /// in its shape.
+  virtual torch::Tensor to_stored(const std::string& /*name*/, const torch::Tensor& value) const {
+    return value;
+  }
+  virtual torch::Tensor from_stored(const std::string& /*name*/, const torch::Tensor& value) const {
+    return value;
+  }
 
   CheckpointInfo info;  ///< architecture, configuration, fingerprint
 };
