@@ -37,6 +37,7 @@ class LinearImpl : public Foldable<LinearImpl, torch::nn::LinearImpl> {
                         const torch::Tensor& linear_bias) const override;
   torch::Tensor accumulators(at::TensorList codes) const override;
   std::optional<int64_t> input_channels() const override { return options.in_features(); }
+  void set_pre_scale(const torch::Tensor& factors) override;
 
  protected:
   std::shared_ptr<torch::nn::LinearImpl> plain() const override;
