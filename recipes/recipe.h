@@ -3,6 +3,7 @@
 
 #include <vernier/calibration/statistics_file.h>
 #include <vernier/qat/prepare.h>
+#include <vernier/recipes/fine_tuning_settings.h>
 
 #include <string>
 #include <vector>
@@ -20,11 +21,13 @@ namespace vernier {
 ///     first_last: 8                     # or float: what the first and the last layer get
 ///     rules:                            # exceptions by name and type; the first that matches
 ///       - {match: "*.attention.*", type: Linear, weights: {bits: 8}}
+///     training: {steps: 1200, lr: 3e-4}   # of `vernier train`
 ///
 /// `format: e4m3` or `e5m2` in place of `bits` makes FP8 codes, of weights and activations both.
 struct Recipe : QuantizationRules {
   std::string name;
   std::string description;
+  FineTuningSettings training;
 };
 
 /// Names of the built-in recipes.
