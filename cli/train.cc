@@ -133,8 +133,7 @@ int run(const Options& options) {
   apply_recipe(*model, recipe);
   ModelStatistics statistics;
   if (!recipe.activations.scheme.dynamic)
-    statistics =
-        calibrate_on(*model, data, std::min(options.calibration_samples, data.size()));
+    statistics = calibrate_on(*model, data, std::min(options.calibration_samples, data.size()));
   calibrate_layers(*model, statistics);
   set_mode(*model, Mode::fake_quant);
   const std::optional<double> before_training = perplexity_of(*model, judged);
@@ -235,8 +234,9 @@ void add_train(CLI::App& app, Action& action) {
   auto options = std::make_shared<Options>();
   options->recipe.recipe = "qat-lm-w4a8";
   CLI::App* command = app.add_subcommand(
-      "train", "quantization-aware fine-tuning: the quantized model learns to answer as the float "
-               "one does, from data or from text it makes up itself");
+      "train",
+      "quantization-aware fine-tuning: the quantized model learns to answer as the float "
+      "one does, from data or from text it makes up itself");
   const auto setting = [&](const char* name, auto& value, const std::string& help) {
     return command->add_option(name, value, help + " (default: the recipe's)");
   };

@@ -109,8 +109,7 @@ void FusedAdamW::add_group(std::vector<Tensor> parameters, std::vector<Tensor> g
 void FusedAdamW::attach_gradients() {
   for (size_t i = 0; i < weights_.size(); ++i)
     weights_[i].mutable_grad() = weight_gradients_.views[i];
-  for (size_t i = 0; i < scales_.size(); ++i)
-    scales_[i].mutable_grad() = range_gradients_.views[i];
+  for (size_t i = 0; i < scales_.size(); ++i) scales_[i].mutable_grad() = range_gradients_.views[i];
   for (size_t i = 0; i < zero_points_.size(); ++i)
     zero_points_[i].mutable_grad() = range_gradients_.views[scales_.size() + i];
 }

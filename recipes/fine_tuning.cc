@@ -123,10 +123,10 @@ FineTuner::FineTuner(TextModel& model, TextModel& reference, const TokenDataset&
   const torch::Device other = reference.parameters().front().device();
   VERNIER_CHECK(&model != &reference && other == device_, "the model is on ", device_,
                 " and its reference on ", other, ": give two models on one device");
-  VERNIER_CHECK(
-      model.vocabulary() == reference.vocabulary() && !causal_ == !causal_reference_,
-      "the reference has a vocabulary of ", reference.vocabulary(), " tokens and the model one of ",
-      model.vocabulary(), ", or only one of them is causal: give the float model it was made from");
+  VERNIER_CHECK(model.vocabulary() == reference.vocabulary() && !causal_ == !causal_reference_,
+                "the reference has a vocabulary of ", reference.vocabulary(),
+                " tokens and the model one of ", model.vocabulary(),
+                ", or only one of them is causal: give the float model it was made from");
   if (!causal_) {
     settings_.logits_weight = 0;
     if (settings_.hidden_weight == 0) settings_.hidden_weight = 1;
@@ -141,9 +141,11 @@ FineTuner::FineTuner(TextModel& model, TextModel& reference, const TokenDataset&
   session.calibration_batches = 0;
   session.check_every = std::numeric_limits<int64_t>::max();  // run() looks itself
   session_ = std::make_unique<TrainingSession>(model_, session);
-  for (const auto& [name, layer] : quantized_layers(model_))
-    if (auto* linear = dynamic_cast<nn::LinearImpl*>(layer.get()); linear && layer->quantized())
+  for (const auto& [name, layer] : quantized_layers(model_)) {
+    auto* linear = dynamic_cast<nn::LinearImpl*>(layer.get());
+    if (linear && layer->quantized() && !layer->is_fp8())
       linear->trained_product = settings_.product;
+  }
   optimizer_ = std::make_unique<FusedAdamW>(model_, settings_.adamw);
   make_schedule();
 }
@@ -307,8 +309,8 @@ void FineTuner::add_logits_gradient(const Tensor& hidden, const Tensor& referenc
 void FineTuner::learn_from(const Batch& batch, double rows) {
   Tensor hidden;
   {
-    const Autocast autocast(device_, precision_on(device_, settings_.precision) ==
-                                         TrainingPrecision::bf16);
+    const Autocast autocast(device_,
+                            precision_on(device_, settings_.precision) == TrainingPrecision::bf16);
     hidden = model_.forward(batch.tokens);
   }
   Tensor gradient;
@@ -316,15 +318,14 @@ void FineTuner::learn_from(const Batch& batch, double rows) {
     const torch::NoGradGuard no_grad;
     gradient = torch::zeros(hidden.sizes(), hidden.options().dtype(torch::kFloat));
     if (settings_.hidden_weight > 0) {
-      const double weight = settings_.hidden_weight /
-                            (rows * static_cast<double>(hidden.size(1)) * mean_square_);
+      const double weight =
+          settings_.hidden_weight / (rows * static_cast<double>(hidden.size(1)) * mean_square_);
       const Tensor difference = hidden.detach().to(torch::kFloat) - batch.reference;
       loss_sum_.add_(difference.square().sum(), weight);
       gradient.add_(difference, 2 * weight);
     }
   }
-  if (settings_.logits_weight > 0)
-    add_logits_gradient(hidden, batch.reference, rows, gradient);
+  if (settings_.logits_weight > 0) add_logits_gradient(hidden, batch.reference, rows, gradient);
   torch::autograd::backward({hidden}, {gradient.to(hidden.scalar_type())});
 }
 
@@ -378,9 +379,10 @@ FineTuningProgress FineTuner::look(double seconds, int64_t steps) {
   progress.steps = settings_.steps;
   progress.loss = loss_sum_.item<double>() / static_cast<double>(steps);
   loss_sum_.zero_();
-  VERNIER_CHECK(std::isfinite(progress.loss), "the loss became ", std::abs(progress.loss),
-                " in steps ", step_ - steps + 1, " to ", step_,
-                ": lower the learning rates, or clip gradients, and go back to the last checkpoint");
+  VERNIER_CHECK(
+      std::isfinite(progress.loss), "the loss became ", std::abs(progress.loss), " in steps ",
+      step_ - steps + 1, " to ", step_,
+      ": lower the learning rates, or clip gradients, and go back to the last checkpoint");
   for (const auto& [name, layer] : quantized_layers(model_)) {
     if (!layer->quantized()) continue;
     for (const auto& [what, quantizer] : layer->quantizers()) {
@@ -466,8 +468,8 @@ void FineTuner::load(const std::filesystem::path& path) {
     VERNIER_CHECK(done >= 0 && done <= settings_.steps, "its position ", done, " is not within ",
                   settings_.steps, " steps");
     for (const auto& [key, mine] : identity()) {
-      VERNIER_CHECK(archive.try_read("is_" + key, value) && value.isString(), "it does not say its ",
-                    key);
+      VERNIER_CHECK(archive.try_read("is_" + key, value) && value.isString(),
+                    "it does not say its ", key);
       VERNIER_CHECK(value.toStringRef() == mine, "the training was begun with another ", key, ": ",
                     value.toStringRef(), " where this one has ", mine);
     }

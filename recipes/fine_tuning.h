@@ -58,8 +58,8 @@ class FineTuner {
   /// Why steps could not be recorded though they were to be; "" otherwise.
   const std::string& capture_refusal() const { return refusal_; }
 
-  /// Writes all that the rest of the training depends on (TrainingSession::save), during a report or
-  /// after run().
+  /// Writes all that the rest of the training depends on (TrainingSession::save), during a report
+  /// or after run().
   void save(const std::filesystem::path& path) const;
   /// Takes it back; run() goes on as if it had not been stopped, bit for bit. Throws Error when the
   /// file is missing, damaged, or of another model, recipe, data or settings (says which), and
@@ -82,8 +82,8 @@ class FineTuner {
   Batch batch(int64_t part);
   void train_step();
   void learn_from(const Batch& batch, double rows);
-  void add_logits_gradient(const torch::Tensor& hidden, const torch::Tensor& reference,
-                           double rows, torch::Tensor& gradient);
+  void add_logits_gradient(const torch::Tensor& hidden, const torch::Tensor& reference, double rows,
+                           torch::Tensor& gradient);
   FineTuningProgress look(double seconds, int64_t steps);
   void refresh_following() const;
   std::map<std::string, std::string> identity() const;

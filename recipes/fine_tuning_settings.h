@@ -39,8 +39,9 @@ struct FineTuningSettings {
                              ///< mean square; encoders, which have no logits, take 1 for 0
   AdamWSettings adamw;
   TrainingPrecision precision = TrainingPrecision::automatic;
-  TrainedProduct product = TrainedProduct::real;  ///< of quantized layers
-  uint64_t seed = 0;                              ///< of the order of the data
+  TrainedProduct product = TrainedProduct::codes;  ///< of linear layers of integers: codes are
+                                                   ///< what mode integer multiplies
+  uint64_t seed = 0;                               ///< of the order of the data
 
   // How it is run; of no influence on the result.
   int64_t report_every = 50;  ///< steps between reports, at each of which the host waits

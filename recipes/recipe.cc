@@ -144,9 +144,7 @@ FineTuningSettings parse_training(const YAML::Node& node, const std::string& whe
   FineTuningSettings settings;
   if (!node) return settings;
   Fields fields(node, where);
-  const auto read = [&](const char* field, auto& value) {
-    value = fields.get(field, value);
-  };
+  const auto read = [&](const char* field, auto& value) { value = fields.get(field, value); };
   read("steps", settings.steps);
   read("batch_size", settings.batch_size);
   read("accumulate", settings.accumulate);
@@ -161,10 +159,10 @@ FineTuningSettings parse_training(const YAML::Node& node, const std::string& whe
   read("clip_norm", settings.adamw.clip_norm);
   settings.precision = training_precision_from_string(
       fields.get<std::string>("precision", to_string(settings.precision)));
-  const auto product = fields.get<std::string>("product", "real");
+  const auto product = fields.get<std::string>("product", "codes");
   VERNIER_CHECK(product == "real" || product == "codes", where,
                 ": product must be real or codes, not '", product, "'");
-  if (product == "codes") settings.product = TrainedProduct::codes;
+  if (product == "real") settings.product = TrainedProduct::real;
   fields.done();
   try {
     settings.check();

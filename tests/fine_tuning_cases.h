@@ -23,6 +23,10 @@ inline constexpr const char* kStaticRecipe =
     "name: s\n"
     "weights: {bits: 4, calibrator: mse, ranges: learned}\n"
     "activations: {bits: 8, ranges: learned}\n";
+inline constexpr const char* kClippedRecipe =
+    "name: c\n"
+    "weights: {bits: 4, calibrator: mse, ranges: learned}\n"
+    "activations: {bits: 5, granularity: per_token, ranges: learned}\n";
 
 inline TokenDataset random_windows(int64_t count, int64_t length, uint64_t seed = 1) {
   auto generator = at::detail::createCPUGenerator(seed);

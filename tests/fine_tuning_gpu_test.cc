@@ -42,7 +42,8 @@ TEST_F(FineTuningGpu, RecordedStepsAreTheSteps) {
   for (const TrainingPrecision precision :
        {TrainingPrecision::bf16, TrainingPrecision::tf32, TrainingPrecision::float32}) {
     for (const TrainedProduct product : {TrainedProduct::real, TrainedProduct::codes}) {
-      for (const char* recipe : {testing::kTokenRecipe, testing::kStaticRecipe}) {
+      for (const char* recipe :
+           {testing::kTokenRecipe, testing::kStaticRecipe, testing::kClippedRecipe}) {
         const std::string what = to_string(precision) + " " + recipe;
         TunedModel one_by_one(tied(), data_, recipe, torch::kCUDA),
             recorded(tied(), data_, recipe, torch::kCUDA);
