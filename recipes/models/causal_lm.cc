@@ -34,6 +34,13 @@ std::pair<Tensor, Tensor> KeyValueCache::append(int64_t layer, const Tensor& key
   return {add(keys_.at(layer), keys), add(values_.at(layer), values)};
 }
 
+int64_t KeyValueCache::bytes() const {
+  size_t bytes = 0;
+  for (const auto* tensors : {&keys_, &values_})
+    for (const Tensor& tensor : *tensors) bytes += tensor.nbytes();
+  return static_cast<int64_t>(bytes);
+}
+
 void KeyValueCache::truncate(int64_t length) {
   VERNIER_CHECK(length >= 0 && length <= length_, "the cache holds ", length_, " tokens, not ",
                 length);
