@@ -3,7 +3,9 @@
 
 #include <vernier/calibration/statistics_file.h>
 #include <vernier/qat/prepare.h>
+#include <vernier/recipes/fine_tuning_settings.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,14 +20,22 @@ namespace vernier {
 ///                   percentile: 99.99}
 ///     skip: ["lm_head", "*.pooler.*"]   # names that stay in full precision, * and ? as in a shell
 ///     first_last: 8                     # or float: what the first and the last layer get
+///     smoothing: auto                   # or auto-global, or an alpha: smooth_model()
 ///     rules:                            # exceptions by name and type; the first that matches
 ///       - {match: "*.attention.*", type: Linear, weights: {bits: 8}}
+///     training: {steps: 1200, lr: 3e-4}   # of `vernier train`
 ///
 /// `format: e4m3` or `e5m2` in place of `bits` makes FP8 codes, of weights and activations both.
 struct Recipe : QuantizationRules {
   std::string name;
   std::string description;
+  std::string
+      smoothing;  ///< before quantizing: "auto", "auto-global", an alpha in [0, 1]; "": none
+  FineTuningSettings training;
 };
+
+/// The alpha that a `smoothing` names; none where it is searched. Throws Error for anything else.
+std::optional<double> smoothing_alpha(const std::string& smoothing);
 
 /// Names of the built-in recipes.
 std::vector<std::string> recipe_names();

@@ -56,7 +56,10 @@ struct SmoothingResult {
     double loss;
   };
   std::vector<Point> curve;
-  double passes = 0;  ///< forward passes over all samples that the search took
+  bool refined = false;  ///< whether factors went on from alpha's by gradient descent
+  /// Forward passes over all samples that the search took; a step of gradient descent counts as
+  /// three over its batch.
+  double passes = 0;
 };
 void to_json(nlohmann::json& json, const SmoothingResult& result);
 void from_json(const nlohmann::json& json, SmoothingResult& result);
@@ -74,14 +77,18 @@ struct SearchedModel {
 };
 
 struct SearchOptions {
-  bool per_group = true;         ///< false: one alpha and one clipping for all groups
-  double passes_per_group = 18;  ///< the search ends when it has taken so many a group
-  int64_t rounds = 6;  ///< or when a round over all groups changed nothing, or after so many
+  bool per_group = true;  ///< false: one alpha and one clipping for all groups
+  /// The search ends when it has taken so many passes a group, before refinement; or when a round
+  /// over all groups changed nothing, or after so many rounds.
+  double passes_per_group = 18;
+  int64_t rounds = 3;
   int64_t sample_rows = 1024;  ///< of each group's input, for the layers' own error
   double least_gain = 1e-3;    ///< share of the loss below which a change is not worth having
-  std::optional<torch::Dtype> storage;     ///< where the smoothed weights have to be finite
-  int64_t cache_bytes = int64_t{2} << 30;  ///< for the float model's log-probabilities; beyond,
-                                           ///< they are computed anew each time
+  int64_t refine_steps = 100;  ///< of gradient descent on factors and clipping, at most; 0: none
+  double refine_rate = 0.01;   ///< its learning rate, of logarithms
+  std::optional<torch::Dtype> storage;  ///< where the smoothed weights have to be finite
+  /// For the float model's log-probabilities; beyond, they are computed anew each time.
+  int64_t cache_bytes = int64_t{2} << 30;
   /// Called after every step with all that is needed to go on from there.
   std::function<void(const nlohmann::json& state)> save;
   /// Such a state, from a run over the same model, samples and options; null: from the start.
@@ -99,7 +106,9 @@ struct SearchOptions {
 /// its layers' outputs, weights and activations quantized as the recipe says, on sampled rows of
 /// the float model's activations; the loss of the best ones and of the nearest steps decides. A
 /// change has to lower it on both halves of the samples; of candidates that do about equally well
-/// the milder one is taken.
+/// the milder one is taken. Last, all factors and clippings at once go down the gradient of the
+/// loss on the proposing samples (straight through the rounding, scales following the factors) for
+/// as long as that lowers it on the held-out ones.
 ///
 /// Needs memory for a copy of the smoothed weights, the sampled rows and the outputs of all
 /// batches. Throws Error when a half has no batch, outputs are not finite, the state is of another

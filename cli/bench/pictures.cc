@@ -1,6 +1,6 @@
 #include <vernier/calibration/atomic_file.h>
-#include <vernier/cli/bench/charts.h>
 #include <vernier/cli/bench/report.h>
+#include <vernier/cli/charts.h>
 #include <vernier/cli/console.h>
 #include <vernier/kernels/error.h>
 
@@ -8,6 +8,11 @@
 #include <map>
 
 namespace vernier::bench {
+
+using cli::GroupedBars;
+using cli::Reference;
+using cli::StackedBars;
+
 namespace {
 
 std::string where_and_when(const Report& report) {

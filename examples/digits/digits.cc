@@ -6,7 +6,7 @@
 
 #include <torch/torch.h>
 #include <vernier/calibration/hdf5.h>
-#include <vernier/cli/bench/charts.h>
+#include <vernier/cli/charts.h>
 #include <vernier/export/validate.h>
 #include <vernier/kernels/error.h>
 #include <vernier/qat/session.h>
@@ -162,7 +162,7 @@ void print(const std::vector<Row>& rows) {
 }
 
 void draw(const std::vector<Row>& rows, const Row& full, const std::string& path) {
-  vernier::bench::GroupedBars chart;
+  vernier::cli::GroupedBars chart;
   chart.title = "Handwritten digits by bits of weights and activations";
   chart.subtitle =
       vernier::concat("test accuracy, mean of ", kSeeds, " seeds; whiskers: lowest and highest");

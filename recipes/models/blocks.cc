@@ -245,8 +245,17 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
                                                 k, v)
                 .reshape({count, heads.queries, 1, heads.size});
   } else {
-    // The kernels of half precision take shared keys as they are, others would leave the fast path.
-    const bool native = q.is_cuda() && q.scalar_type() != torch::kFloat;
+    // What lies in the gaps comes after all tokens of a sequence, so that a causal mask hides it.
+    std::optional<Tensor> mask;
+    if (!causal && !sequences.equal)
+      mask = torch::zeros({count * longest}, q.options().dtype(torch::kBool))
+                 .index_fill_(0, sequences.place, true)
+                 .view({count, 1, 1, longest});
+    else if (causal && sequences.past > 0)
+      mask = torch::ones({longest, all}, q.options().dtype(torch::kBool)).tril(sequences.past);
+    // Kernels of half precision without a mask take shared keys as they are; the others would give
+    // way to the slow path.
+    const bool native = q.is_cuda() && q.scalar_type() != torch::kFloat && !mask;
     if (shared > 1 && !native) {
       const auto repeat = [&](const Tensor& x) {
         return x.unsqueeze(2)
@@ -256,14 +265,6 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
       k = repeat(k);
       v = repeat(v);
     }
-    // What lies in the gaps comes after all tokens of a sequence, so that a causal mask hides it.
-    std::optional<Tensor> mask;
-    if (!causal && !sequences.equal)
-      mask = torch::zeros({count * longest}, q.options().dtype(torch::kBool))
-                 .index_fill_(0, sequences.place, true)
-                 .view({count, 1, 1, longest});
-    else if (causal && sequences.past > 0)
-      mask = torch::ones({longest, all}, q.options().dtype(torch::kBool)).tril(sequences.past);
     mixed = torch::scaled_dot_product_attention(q, k, v, mask, /*dropout_p=*/0.0, causal && !mask,
                                                 /*scale=*/std::nullopt, shared > 1 && native);
   }
@@ -271,7 +272,23 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
   return sequences.equal ? rows : rows.index_select(0, sequences.place);
 }
 
-// ---- Feed-forward layers ------------------------------------------------------------------------
+Heads read_heads(const ConfigReader& config, int64_t hidden, const char* hidden_field,
+                 const char* heads_field) {
+  const int64_t heads = config.size(heads_field);
+  VERNIER_CHECK(hidden % heads == 0, hidden_field, " ", hidden, " is not a multiple of ",
+                heads_field, " ", heads);
+  return {heads, heads, hidden / heads};
+}
+
+// ---- Linears, norms and activations -------------------------------------------------------------
+
+nn::Linear make_linear(int64_t in, int64_t out, bool bias) {
+  return nn::Linear(torch::nn::LinearOptions(in, out).bias(bias));
+}
+
+torch::nn::LayerNorm make_layer_norm(int64_t size, double epsilon) {
+  return torch::nn::LayerNorm(torch::nn::LayerNormOptions({size}).eps(epsilon));
+}
 
 Activation read_activation(const ConfigReader& config, const char* field, const char* otherwise) {
   const std::string name = config.one_of(
@@ -300,6 +317,11 @@ SmoothingGroup linear_group(const std::string& name, const nn::Linear& linear,
     return rows;
   };
   return {reader, Producer{name, tensors}, {reader}, std::move(source)};
+}
+
+SmoothingGroup activation_group(const std::string& name, const nn::Linear& linear,
+                                Activation activation, const std::string& reader) {
+  return activation == Activation::relu ? linear_group(name, linear, reader) : free_group({reader});
 }
 
 SmoothingGroup free_group(const std::vector<std::string>& readers) {

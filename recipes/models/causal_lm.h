@@ -38,7 +38,7 @@ class KeyValueCache {
   /// Tokens that each sequence has brought.
   int64_t length() const { return length_; }
   CacheFormat format() const { return format_; }
-  /// Memory that it takes.
+  /// Memory that it takes, whatever its length().
   int64_t bytes() const;
 
   /// Puts keys and values of the next tokens, [sequences, heads, tokens, head_size] each, behind

@@ -47,11 +47,15 @@ LlamaConfig read_common(const ConfigReader& config,
 }
 
 // Attention to less than all tokens before would be another function once there are more.
-void refuse_window(const ConfigReader& config, int64_t positions) {
-  VERNIER_CHECK(!config.has("sliding_window") || config.size("sliding_window") >= positions,
-                "sliding_window ", config.has("sliding_window") ? config.size("sliding_window") : 0,
+void refuse_window(const ConfigReader& config, int64_t positions, bool uses_window = true) {
+  const bool has_window = uses_window && config.has("sliding_window");
+  const int64_t window = has_window ? config.size("sliding_window") : 0;
+  VERNIER_CHECK(!has_window || window >= positions, "sliding_window ", window,
                 " is not implemented: only windows of at least max_position_embeddings ", positions,
                 ", or null");
+  for (const std::string& type : config.names("layer_types"))
+    VERNIER_CHECK(type == "full_attention" || (type == "sliding_attention" && has_window),
+                  "layer_types \"", type, "\" is not implemented (full_attention)");
 }
 
 LlamaConfig read_llama(const nlohmann::json& json) {
@@ -77,7 +81,7 @@ LlamaConfig read_mistral(const nlohmann::json& json) {
 LlamaConfig read_qwen(const ConfigReader& config, std::optional<int64_t> default_head_size) {
   LlamaConfig result = read_common(config, default_head_size);
   config.require("mlp_bias", false);
-  if (config.flag("use_sliding_window", false)) refuse_window(config, result.positions);
+  refuse_window(config, result.positions, config.flag("use_sliding_window", false));
   return result;
 }
 
@@ -97,17 +101,13 @@ LlamaConfig read_qwen3(const nlohmann::json& json) {
   return result;
 }
 
-nn::Linear linear(int64_t in, int64_t out, bool bias) {
-  return nn::Linear(torch::nn::LinearOptions(in, out).bias(bias));
-}
-
 struct SelfAttention : torch::nn::Module {
   explicit SelfAttention(const LlamaConfig& c) : heads(c.heads) {
     const int64_t queries = heads.queries * heads.size, keys = heads.keys * heads.size;
-    q_proj = register_module("q_proj", linear(c.hidden, queries, c.query_bias));
-    k_proj = register_module("k_proj", linear(c.hidden, keys, c.query_bias));
-    v_proj = register_module("v_proj", linear(c.hidden, keys, c.query_bias));
-    o_proj = register_module("o_proj", linear(queries, c.hidden, c.output_bias));
+    q_proj = register_module("q_proj", make_linear(c.hidden, queries, c.query_bias));
+    k_proj = register_module("k_proj", make_linear(c.hidden, keys, c.query_bias));
+    v_proj = register_module("v_proj", make_linear(c.hidden, keys, c.query_bias));
+    o_proj = register_module("o_proj", make_linear(queries, c.hidden, c.output_bias));
     inputs = LinearGroup({q_proj, k_proj, v_proj});
     output = LinearGroup({o_proj});
     if (!c.head_norms) return;
@@ -138,9 +138,9 @@ struct SelfAttention : torch::nn::Module {
 
 struct GatedMlp : torch::nn::Module {
   explicit GatedMlp(const LlamaConfig& c) : activation(c.activation) {
-    gate_proj = register_module("gate_proj", linear(c.hidden, c.intermediate, c.mlp_bias));
-    up_proj = register_module("up_proj", linear(c.hidden, c.intermediate, c.mlp_bias));
-    down_proj = register_module("down_proj", linear(c.intermediate, c.hidden, c.mlp_bias));
+    gate_proj = register_module("gate_proj", make_linear(c.hidden, c.intermediate, c.mlp_bias));
+    up_proj = register_module("up_proj", make_linear(c.hidden, c.intermediate, c.mlp_bias));
+    down_proj = register_module("down_proj", make_linear(c.intermediate, c.hidden, c.mlp_bias));
     inputs = LinearGroup({gate_proj, up_proj});
     output = LinearGroup({down_proj});
   }

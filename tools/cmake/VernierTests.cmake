@@ -37,7 +37,7 @@ foreach(source IN LISTS example_sources)
   if(name STREQUAL "digits")
     set(example_arguments "${PROJECT_SOURCE_DIR}/examples/digits/data/digits.h5" "${PROJECT_BINARY_DIR}/examples/digits.svg")
     # Its picture is drawn as those of the benchmarks are.
-    target_sources(example_digits PRIVATE "${PROJECT_SOURCE_DIR}/cli/bench/charts.cc" "${PROJECT_SOURCE_DIR}/cli/console.cc")
+    target_sources(example_digits PRIVATE "${PROJECT_SOURCE_DIR}/cli/charts.cc" "${PROJECT_SOURCE_DIR}/cli/console.cc")
     target_link_libraries(example_digits PRIVATE nlohmann_json::nlohmann_json)
   endif()
   add_test(NAME example_${name} COMMAND example_${name} ${example_arguments})

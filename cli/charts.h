@@ -1,4 +1,5 @@
-// Bar charts as SVG text, readable on light and dark pages (they bring their white ground along).
+// Bar and line charts as SVG text, readable on light and dark pages (they bring their white ground
+// along).
 #pragma once
 
 #include <optional>
@@ -6,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-namespace vernier::bench {
+namespace vernier::cli {
 
 /// A horizontal line across a chart.
 struct Reference {
@@ -47,7 +48,20 @@ struct StackedBars {
   std::optional<Reference> reference;  ///< a vertical line
 };
 
+/// Lines over a numeric axis.
+struct LineChart {
+  struct Series {
+    std::string name;
+    std::vector<std::pair<double, double>> points;  ///< from left to right
+  };
+  std::string title, subtitle;
+  std::string x_unit, unit;
+  std::vector<Series> series;
+  std::vector<Reference> references;
+};
+
+std::string to_svg(const LineChart& chart);
 std::string to_svg(const GroupedBars& chart);
 std::string to_svg(const StackedBars& chart);
 
-}  // namespace vernier::bench
+}  // namespace vernier::cli

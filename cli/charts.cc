@@ -1,11 +1,11 @@
-#include <vernier/cli/bench/charts.h>
+#include <vernier/cli/charts.h>
 #include <vernier/cli/console.h>
 #include <vernier/kernels/error.h>
 
 #include <algorithm>
 #include <cmath>
 
-namespace vernier::bench {
+namespace vernier::cli {
 namespace {
 
 // Told apart in print and by the colour-blind; the first one is the one that is looked for.
@@ -122,7 +122,7 @@ class Drawing {
 
  private:
   static std::string number(double value) {
-    std::string text = cli::fixed(value, 1);
+    std::string text = fixed(value, 1);
     if (text.ends_with(".0")) text.resize(text.size() - 2);
     return text;
   }
@@ -140,7 +140,7 @@ double tick_step(double largest) {
 }
 
 std::string tick_label(double value, double step) {
-  return cli::fixed(value, std::max(0, static_cast<int>(-std::floor(std::log10(step) + 1e-9))));
+  return fixed(value, std::max(0, static_cast<int>(-std::floor(std::log10(step) + 1e-9))));
 }
 
 // For widths: the heading must fit.
@@ -149,6 +149,65 @@ double head_width(const std::string& title, const std::string& subtitle) {
 }
 
 }  // namespace
+
+std::string to_svg(const LineChart& chart) {
+  constexpr double kLeft = 88, kWidth = 560, kPlot = 300;
+  double least = 0, most = 1, largest = 0;
+  bool any = false;
+  for (const auto& series : chart.series) {
+    for (const auto& [x, y] : series.points) {
+      least = any ? std::min(least, x) : x;
+      most = any ? std::max(most, x) : x;
+      any = true;
+      largest = std::max(largest, y);
+    }
+  }
+  double margin = Drawing::kMargin;
+  for (const Reference& reference : chart.references) {
+    largest = std::max(largest, reference.value);
+    margin = std::max(margin, 14 + width_of(reference.label, 11.5));
+  }
+  if (largest <= 0) largest = 1;
+  if (most <= least) most = least + 1;
+  const double step = tick_step(largest), x_step = tick_step(most - least);
+  const double top_value = largest * 1.05;
+  const double width = std::max(kLeft + kWidth + margin, head_width(chart.title, chart.subtitle));
+
+  std::vector<std::string> legend;
+  for (const auto& series : chart.series) legend.push_back(series.name);
+  Drawing drawing;
+  const double top = drawing.head(chart.title, chart.subtitle, legend, width);
+  const double bottom = top + kPlot, right = kLeft + kWidth;
+  const auto x_of = [&](double x) { return kLeft + kWidth * (x - least) / (most - least); };
+  const auto y_of = [&](double y) { return bottom - kPlot * y / top_value; };
+  for (int i = 0; i * step <= top_value; ++i) {
+    drawing.line(kLeft, y_of(i * step), right, y_of(i * step), i == 0 ? kFaintInk : kGrid);
+    drawing.text(kLeft - 8, y_of(i * step) + 4, tick_label(i * step, step),
+                 {.size = 11, .anchor = "end", .fill = kFaintInk});
+  }
+  for (double x = std::ceil(least / x_step - 1e-9) * x_step; x <= most + 1e-9; x += x_step)
+    drawing.text(x_of(x), bottom + 18, tick_label(x, x_step),
+                 {.size = 11, .anchor = "middle", .fill = kFaintInk});
+  drawing.text(18, top + kPlot / 2, chart.unit,
+               {.anchor = "middle", .fill = kFaintInk, .turn = -90});
+  drawing.text(kLeft + kWidth / 2, bottom + 38, chart.x_unit,
+               {.anchor = "middle", .fill = kFaintInk});
+  for (const Reference& reference : chart.references) {
+    const double y = y_of(reference.value);
+    drawing.line(kLeft, y, right, y, kInk, "5 4");
+    drawing.text(right + 6, y + 4, reference.label, {.size = 11, .bold = true});
+  }
+  for (size_t s = 0; s < chart.series.size(); ++s) {
+    const auto& points = chart.series[s].points;
+    for (size_t i = 0; i < points.size(); ++i) {
+      const double x = x_of(points[i].first), y = y_of(points[i].second);
+      if (i > 0)
+        drawing.line(x_of(points[i - 1].first), y_of(points[i - 1].second), x, y, color(s));
+      drawing.rectangle(x - 2.5, y - 2.5, 5, 5, color(s));
+    }
+  }
+  return drawing.finish(width, bottom + 54);
+}
 
 std::string to_svg(const GroupedBars& chart) {
   constexpr double kBar = 20, kGap = 28, kLeft = 72, kPlot = 300, kLineHeight = 15;
@@ -220,7 +279,7 @@ std::string to_svg(const GroupedBars& chart) {
     drawing.text(right + 6, y + 4, reference.label, {.size = 11, .bold = true});
   }
   each_bar([&](size_t s, size_t g, double x, double value) {
-    drawing.text(x + kBar / 2 + 4, y_of(top_of(s, g, value)) - 5, cli::fixed(value, digits),
+    drawing.text(x + kBar / 2 + 4, y_of(top_of(s, g, value)) - 5, fixed(value, digits),
                  {.size = 10.5, .bold = s == 0, .turn = -90, .halo = true});
   });
   for (size_t g = 0; g < chart.groups.size(); ++g) {
@@ -289,4 +348,4 @@ std::string to_svg(const StackedBars& chart) {
   return drawing.finish(width, bottom + 52);
 }
 
-}  // namespace vernier::bench
+}  // namespace vernier::cli
