@@ -29,6 +29,7 @@ void add_calibrate(CLI::App& app, Action& action);
 void add_export(CLI::App& app, Action& action);
 void add_validate(CLI::App& app, Action& action);
 void add_eval(CLI::App& app, Action& action);
+void add_train(CLI::App& app, Action& action);
 void add_inspect(CLI::App& app, Action& action);
 void add_bench(CLI::App& app, Action& action);
 

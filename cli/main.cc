@@ -27,6 +27,7 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   Action action;
   add_quantize(app, action);
+  add_train(app, action);
   add_calibrate(app, action);
   add_export(app, action);
   add_validate(app, action);

@@ -97,7 +97,7 @@ void write_quantizer(hdf5::File& file, const std::string& group, const std::stri
   file.set_attribute(group, prefix + "_dynamic", scheme.dynamic);
   if (quantizer.pre_scale().numel() > 0)
     write_tensor(file, group + "/" + prefix + "_pre_scale", quantizer.pre_scale());
-  if (scheme.dynamic) return;
+  if (scheme.dynamic && !quantizer.clips()) return;
   write_tensor(file, group + "/" + prefix + "_scale", quantizer.scale().detach());
   if (const auto zero_point = quantizer.zero_point())
     write_tensor(file, group + "/" + prefix + "_zero_point", *zero_point);
@@ -121,7 +121,7 @@ void read_quantizer(const hdf5::File& file, const std::string& group, const std:
   QuantizerSettings settings;
   settings.scheme = scheme;
   quantizer.set_settings(settings);
-  if (scheme.dynamic) return;
+  if (scheme.dynamic && !file.exists(group + "/" + prefix + "_scale")) return;
   std::optional<Tensor> zero_point;
   if (!scheme.symmetric) zero_point = read_tensor(file, group + "/" + prefix + "_zero_point");
   quantizer.set_scale(read_tensor(file, group + "/" + prefix + "_scale"), zero_point);
@@ -161,7 +161,8 @@ void check_quantizers(QuantizedLayer& layer) {
     VERNIER_CHECK(
         granularity == (scheme.dynamic ? Granularity::per_token : Granularity::per_tensor), what,
         "_granularity ", to_string(granularity), " is not per_tensor, or per_token if dynamic");
-    VERNIER_CHECK(scheme.dynamic || scales == 1, what, "_scale has ", scales, " elements, not 1");
+    VERNIER_CHECK(scales == 1 || (scheme.dynamic && scales == 0), what, "_scale has ", scales,
+                  " elements, not 1");
   }
 }
 

@@ -68,6 +68,12 @@ RangePolicy range_policy_from_string(const std::string& name) {
 void QuantizerSettings::check() const {
   scheme.check();
   if (policy == RangePolicy::frozen) return;
+  if (scheme.dynamic && policy == RangePolicy::learned) {
+    VERNIER_CHECK(scheme.granularity == Granularity::per_token && !scheme.is_fp8(),
+                  "what is learned of dynamic scales is a clip of integers per_token, not of ",
+                  to_string(scheme));
+    return;
+  }
   VERNIER_CHECK(!scheme.dynamic, "ranges that are ", to_string(policy),
                 " need a static scheme, not ", to_string(scheme), ": leave them frozen");
   VERNIER_CHECK(scheme.granularity != Granularity::per_token,
@@ -131,6 +137,7 @@ void QuantizerImpl::clear() {
     tensor->mutable_grad() = Tensor();
     tensor->set_data(scale_.new_empty({0}));
   }
+  if (learns() && settings_.scheme.dynamic) learned_scale_.set_data(scale_.new_ones({1}));
 }
 
 void QuantizerImpl::save(torch::serialize::OutputArchive& archive) const {
@@ -184,7 +191,7 @@ void QuantizerImpl::load(torch::serialize::InputArchive& archive) {
     factors = pre_scale_.new_empty(0);
   const bool asymmetric = zero_point.numel() > 0;
   const bool calibrated = scale.numel() > 0;
-  VERNIER_CHECK(scheme.dynamic ? !calibrated
+  VERNIER_CHECK(scheme.dynamic ? scale.numel() <= 1 && !asymmetric
                                : (calibrated ? asymmetric == !scheme.symmetric
                                              : !asymmetric && factors.numel() > 0),
                 "the archive's scale and zero point do not go with the scheme ", to_string(scheme));
@@ -297,7 +304,8 @@ void QuantizerImpl::set_ranges(const std::vector<Range>& ranges, torch::Device d
 
 void QuantizerImpl::set_scale(const Tensor& scale, const std::optional<Tensor>& zero_point) {
   const Scheme& scheme = settings_.scheme;
-  VERNIER_CHECK(!scheme.dynamic, "a dynamic quantizer takes no scale");
+  VERNIER_CHECK(!scheme.dynamic || scale.numel() == 1,
+                "a dynamic quantizer takes one factor on its scales, not ", scale.numel());
   VERNIER_CHECK(scale.scalar_type() == torch::kFloat && scale.isfinite().all().item<bool>() &&
                     scale.gt(0).all().item<bool>(),
                 "a scale must be float32, finite and positive");
@@ -407,19 +415,23 @@ double QuantizerImpl::gradient_scale(const Tensor& values) const {
 TrainedOperand QuantizerImpl::operand(const Tensor& values) {
   check_calibrated();
   TrainedOperand operand{settings_.scheme};
-  if (finds()) return operand;
+  if (finds() && !clips()) return operand;
   const bool asymmetric = !settings_.scheme.symmetric;
   if (learns()) {
     if (values.is_cpu()) check_learned();
-    operand.scale = learned_scale_;
+    operand.scale = clips() ? clipped_scale(values) : learned_scale_;
     if (asymmetric) operand.zero_point = learned_zero_point_;
     operand.gradient_scale = gradient_scale(values);
     return operand;
   }
   if (settings_.policy == RangePolicy::moving_average && is_training()) update_average(values);
-  operand.scale = scale_;
+  operand.scale = clips() ? clipped_scale(values) : scale_;
   if (asymmetric) operand.zero_point = zero_point_;
   return operand;
+}
+
+Tensor QuantizerImpl::clipped_scale(const Tensor& values) const {
+  return per_token_scale(values.detach(), settings_.scheme) * scale();
 }
 
 void QuantizerImpl::found(const Tensor& scale) {
@@ -460,6 +472,10 @@ QuantizerImpl::Codes QuantizerImpl::codes(const Tensor& given) const {
   check_calibrated();
   const Tensor values = pre_scaled(given);
   const Scheme& scheme = settings_.scheme;
+  if (clips()) {
+    const Tensor scale = clipped_scale(values).detach();
+    return {quantize(values, scale, std::nullopt, scheme, axis_), scale};
+  }
   if (scheme.dynamic && scheme.granularity == Granularity::per_token) {
     auto [codes, scale] = quantize_per_token(values, scheme);
     return {codes, scale};

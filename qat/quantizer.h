@@ -23,7 +23,8 @@ enum class RangePolicy {
   following,       ///< the absolute maximum of the tensor itself, anew in every forward: a weight's
                    ///< scale while the weight is trained. Needs no calibration
   learned          ///< a parameter that the optimizer trains (LSQ, Esser 2020, arXiv 1902.08153;
-                   ///< zero points as in LSQ+, Bhalgat 2020, arXiv 2004.09576)
+                   ///< zero points as in LSQ+, Bhalgat 2020, arXiv 2004.09576). Of dynamic scales
+                   ///< a factor, which clips
 };
 
 /// frozen, moving_average, following or learned.
@@ -40,7 +41,7 @@ struct QuantizerSettings {
 
   /// Throws Error when a field is outside its range or the fields contradict each other: learned
   /// scales are of integer schemes, following ones symmetric and found by min_max, and a dynamic
-  /// scheme has no range to keep.
+  /// scheme has no range to keep, but can learn a factor.
   void check() const;
   bool operator==(const QuantizerSettings&) const = default;
 };
@@ -98,14 +99,18 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
 
   /// Whether it can quantize: it has a scale or needs none.
   bool calibrated() const { return finds() || scale().numel() > 0; }
-  /// Empty where not calibrated or dynamic; of the last tensor where it follows tensors. Where it
-  /// is learned, the parameter.
+  /// Empty where not calibrated; of the last tensor where it follows tensors. Where it is learned,
+  /// the parameter. Of a dynamic scheme it is a factor [1] on each token's own scale, with which
+  /// the largest values are clipped, or empty: it is learned, from 1 on, with policy learned.
   const torch::Tensor& scale() const { return learns() ? learned_scale_ : scale_; }
   /// int32, of a learned one what is used; absent for symmetric schemes.
   std::optional<torch::Tensor> zero_point() const;
   /// Throws Error when a learned scale has become zero, negative, NaN or infinite, or a zero point
   /// NaN or infinite. Makes the host wait for the GPU; forward() asks on the CPU only.
   void check_learned() const;
+
+  /// Whether dynamic scales have a factor.
+  bool clips() const { return settings_.scheme.dynamic && scale().numel() > 0; }
 
   /// float32 [channels] along the last axis, or empty: what values are multiplied by, in float32,
   /// before they are observed or quantized.
@@ -163,6 +168,7 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
 
  private:
   torch::Tensor fake_quantized(const torch::Tensor& values);
+  torch::Tensor clipped_scale(const torch::Tensor& values) const;
   bool learns() const { return settings_.policy == RangePolicy::learned; }
   // Whether each tensor brings its own scale.
   bool finds() const {

@@ -330,9 +330,15 @@ void TrainingSession::check_twin_type(bool fits) {
 // ---- Saving and resuming ------------------------------------------------------------------------
 
 void TrainingSession::save(const std::filesystem::path& path,
-                           const torch::optim::Optimizer* optimizer) const {
+                           const torch::optim::Optimizer* optimizer,
+                           const std::function<void(OutputArchive&)>& more) const {
   OutputArchive archive;
   write(archive, optimizer);
+  if (more) {
+    OutputArchive nested(archive.compilation_unit());
+    more(nested);
+    archive.write("more", nested);
+  }
   AtomicFile file(path);
   archive.save_to([&](const void* data, size_t bytes) {
     file.write(data, bytes);
@@ -375,14 +381,15 @@ void TrainingSession::write(OutputArchive& archive,
   }
 }
 
-void TrainingSession::load(const std::filesystem::path& path, torch::optim::Optimizer* optimizer) {
+void TrainingSession::load(const std::filesystem::path& path, torch::optim::Optimizer* optimizer,
+                           const std::function<void(InputArchive&)>& more) {
   const std::string where = path.string();
   VERNIER_CHECK(std::filesystem::exists(path), where,
                 " does not exist: save a session there first");
   try {
     InputArchive archive;
     archive.load_from(where, device_of(model_));
-    read(archive, optimizer);
+    read(archive, optimizer, more);
   } catch (const Error& error) {
     throw Error(concat(where, ": ", error.what()));
   } catch (const c10::Error& error) {
@@ -391,7 +398,8 @@ void TrainingSession::load(const std::filesystem::path& path, torch::optim::Opti
   }
 }
 
-void TrainingSession::read(InputArchive& archive, torch::optim::Optimizer* optimizer) {
+void TrainingSession::read(InputArchive& archive, torch::optim::Optimizer* optimizer,
+                           const std::function<void(InputArchive&)>& more) {
   c10::IValue value;
   VERNIER_CHECK(
       archive.try_read("format", value) && value.isString() && value.toStringRef() == kFormat,
@@ -416,6 +424,11 @@ void TrainingSession::read(InputArchive& archive, torch::optim::Optimizer* optim
                 "its schedule is damaged");
   const int64_t* saved = schedule.const_data_ptr<int64_t>();
   VERNIER_CHECK(saved[0] >= 0 && saved[1] >= 0 && saved[4] >= 0, "its schedule is damaged");
+  if (more) {
+    InputArchive nested;
+    VERNIER_CHECK(archive.try_read("more", nested), "it holds nothing besides a session");
+    more(nested);
+  }
 
   unwatch();
   set_mode(model_, Mode::full);

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -89,14 +90,16 @@ class TrainingSession {
   /// scales, zero points, averages and observers, policies, the schedule and where it is, the
   /// default random generators (CPU and the model's device) and, where given, the optimizer. What
   /// resumes from it goes on as if it had not been stopped, bit for bit, if the batches do. The
-  /// file appears whole or not at all.
-  void save(const std::filesystem::path& path,
-            const torch::optim::Optimizer* optimizer = nullptr) const;
+  /// file appears whole or not at all. `more` adds what the caller wants to find again.
+  void save(const std::filesystem::path& path, const torch::optim::Optimizer* optimizer = nullptr,
+            const std::function<void(torch::serialize::OutputArchive&)>& more = nullptr) const;
   /// Takes it back, schedule included, into a model that was made and prepared in the same way.
   /// Throws Error when the file is missing or damaged, is of another architecture or recipe (says
   /// where they differ), or holds an optimizer or a twin and this has none, or the reverse; the
-  /// model is then as it was, unless the file is damaged.
-  void load(const std::filesystem::path& path, torch::optim::Optimizer* optimizer = nullptr);
+  /// model is then as it was, unless the file is damaged. `more` reads what save()'s added, before
+  /// anything is changed, and may throw.
+  void load(const std::filesystem::path& path, torch::optim::Optimizer* optimizer = nullptr,
+            const std::function<void(torch::serialize::InputArchive&)>& more = nullptr);
 
  private:
   void begin();
@@ -110,7 +113,8 @@ class TrainingSession {
   void check(const torch::Tensor& loss);
   void write(torch::serialize::OutputArchive& archive,
              const torch::optim::Optimizer* optimizer) const;
-  void read(torch::serialize::InputArchive& archive, torch::optim::Optimizer* optimizer);
+  void read(torch::serialize::InputArchive& archive, torch::optim::Optimizer* optimizer,
+            const std::function<void(torch::serialize::InputArchive&)>& more);
   torch::nn::Module& twin_module();
   static void check_twin_type(bool fits);
 

@@ -75,6 +75,17 @@ Choice choose(const Tensor& logits, const Sampling& sampling, const Tensor& unif
   return {token.squeeze(1), total.isfinite().squeeze(1)};
 }
 
+// How many windows are sampled at a time.
+int64_t windows_at_a_time(CausalLanguageModel& model, const WindowOptions& options,
+                          torch::Device device) {
+  if (options.batch_size > 0) return std::min(options.batch_size, options.count);
+  constexpr int64_t kMost = 256, kGiB = int64_t{1} << 30;
+  const int64_t cache = model.make_cache(1, 1)->bytes() * options.length;
+  const int64_t logits = model.vocabulary() * 6 * static_cast<int64_t>(sizeof(double));
+  const int64_t budget = (device.is_cpu() ? 1 : 4) * kGiB;
+  return std::min({std::max<int64_t>(1, budget / (cache + logits)), kMost, options.count});
+}
+
 // Continues texts of one length together.
 class Decoder {
  public:
@@ -150,15 +161,16 @@ Tensor sample_windows(CausalLanguageModel& model, const WindowOptions& options,
   VERNIER_CHECK(options.length >= 2 && options.length <= model.max_length(),
                 "sampled windows must have 2 to ", model.max_length(),
                 " tokens (the model's positions), not ", options.length);
-  VERNIER_CHECK(options.batch_size >= 1, "the batch size must be at least 1, not ",
+  VERNIER_CHECK(options.batch_size >= 0, "the batch size must be 0 (chosen) or more, not ",
                 options.batch_size);
   Sampling sampling;
   sampling.temperature = options.temperature;
   sampling.check();
   const torch::Device device = device_of(model);
   Tensor windows = torch::empty({options.count, options.length}, torch::kLong);
-  for (int64_t first = 0; first < options.count; first += options.batch_size) {
-    const int64_t texts = std::min(options.batch_size, options.count - first);
+  const int64_t batch_size = windows_at_a_time(model, options, device);
+  for (int64_t first = 0; first < options.count; first += batch_size) {
+    const int64_t texts = std::min(batch_size, options.count - first);
     std::vector<int64_t> indices;
     for (int64_t i = first; i < first + texts; ++i) indices.push_back(i);
     const Tensor uniform =

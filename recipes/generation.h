@@ -24,7 +24,8 @@ struct WindowOptions {
   int64_t length = 512;
   uint64_t seed = 0;
   double temperature = 1;
-  int64_t batch_size = 32;  ///< windows at a time: bounds memory, not the result
+  /// Windows at a time; 0: as many, up to 256, as keep caches and logits within some GB.
+  int64_t batch_size = 0;
 };
 
 /// Windows that the model writes by itself, int64 [count, length] on the CPU: the start token, then
@@ -32,10 +33,9 @@ struct WindowOptions {
 /// training where none is given (Liu et al. 2023, arXiv 2305.17888; Williams et al. 2025, arXiv
 /// 2410.17170).
 ///
-/// Every window has random numbers of its own, made from the seed and its index: the first windows
-/// are the same however many are asked for. On one device equal options give equal windows; the
-/// batch size and another device change the roundings of the logits, and with them now and then a
-/// token. Nothing waits for the device until a batch of windows is whole. `progress` is called with
+/// Every window has random numbers of its own, made from the seed and its index. On one device equal
+/// options give equal windows; another batch size, number of windows or device changes the
+/// roundings of the logits, and with them now and then a token, but nothing else. Nothing waits for the device until a batch of windows is whole. `progress` is called with
 /// the number of tokens so far. Throws Error when the length is below 2 or above max_length(), and
 /// when the logits are not finite.
 torch::Tensor sample_windows(CausalLanguageModel& model, const WindowOptions& options = {},

@@ -141,6 +141,38 @@ std::vector<LayerRule> parse_rules(const YAML::Node& node, const Recipe& recipe,
   return rules;
 }
 
+FineTuningSettings parse_training(const YAML::Node& node, const std::string& where) {
+  FineTuningSettings settings;
+  if (!node) return settings;
+  Fields fields(node, where);
+  const auto read = [&](const char* field, auto& value) { value = fields.get(field, value); };
+  read("steps", settings.steps);
+  read("batch_size", settings.batch_size);
+  read("accumulate", settings.accumulate);
+  read("windows", settings.windows);
+  read("lr", settings.rate);
+  read("scale_lr", settings.range_rate);
+  read("warmup", settings.warmup);
+  read("final_lr", settings.final_rate);
+  read("logits_weight", settings.logits_weight);
+  read("hidden_weight", settings.hidden_weight);
+  read("weight_decay", settings.adamw.weight_decay);
+  read("clip_norm", settings.adamw.clip_norm);
+  settings.precision = training_precision_from_string(
+      fields.get<std::string>("precision", to_string(settings.precision)));
+  const auto product = fields.get<std::string>("product", "codes");
+  VERNIER_CHECK(product == "real" || product == "codes", where,
+                ": product must be real or codes, not '", product, "'");
+  if (product == "real") settings.product = TrainedProduct::real;
+  fields.done();
+  try {
+    settings.check();
+  } catch (const Error& error) {
+    throw Error(concat(where, ": ", error.what()));
+  }
+  return settings;
+}
+
 std::string known_names() {
   std::string known;
   for (const std::string& name : recipe_names()) known += concat(known.empty() ? "" : ", ", name);
@@ -191,6 +223,7 @@ Recipe parse_recipe(const std::string& yaml, const std::string& source) {
     recipe.smoothing = fields.get<std::string>("smoothing", "");
     if (!recipe.smoothing.empty()) smoothing_alpha(recipe.smoothing);
     recipe.rules = parse_rules(fields.node("rules"), recipe, source);
+    recipe.training = parse_training(fields.node("training"), source + ": training");
     fields.done();
     return recipe;
   } catch (const YAML::Exception& error) {

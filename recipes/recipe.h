@@ -3,6 +3,7 @@
 
 #include <vernier/calibration/statistics_file.h>
 #include <vernier/qat/prepare.h>
+#include <vernier/recipes/fine_tuning_settings.h>
 
 #include <optional>
 #include <string>
@@ -22,6 +23,7 @@ namespace vernier {
 ///     smoothing: auto                   # or auto-global, or an alpha: smooth_model()
 ///     rules:                            # exceptions by name and type; the first that matches
 ///       - {match: "*.attention.*", type: Linear, weights: {bits: 8}}
+///     training: {steps: 1200, lr: 3e-4}   # of `vernier train`
 ///
 /// `format: e4m3` or `e5m2` in place of `bits` makes FP8 codes, of weights and activations both.
 struct Recipe : QuantizationRules {
@@ -29,6 +31,7 @@ struct Recipe : QuantizationRules {
   std::string description;
   std::string
       smoothing;  ///< before quantizing: "auto", "auto-global", an alpha in [0, 1]; "": none
+  FineTuningSettings training;
 };
 
 /// The alpha that a `smoothing` names; none where it is searched. Throws Error for anything else.

@@ -39,6 +39,7 @@ std::vector<Setting> all_settings() {
       {"asymmetric", settings_of(asymmetric), settings_of(channel)},
       {"4 bits", settings_of(tensor), settings_of(four)},
       {"dynamic", settings_of(token), settings_of(channel)},
+      {"clipped", settings_of(token, kLearned), settings_of(channel)},
       {"moving average", settings_of(tensor, kAverage), settings_of(channel)},
       {"following weight", settings_of(tensor), settings_of(channel, kFollowing)},
       {"following both", settings_of(tensor, kFollowing), settings_of(four, kFollowing)},

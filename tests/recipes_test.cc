@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 #include <vernier/recipes/calibration_run.h>
 #include <vernier/recipes/comparison.h>
+#include <vernier/recipes/models/blocks.h>
 #include <vernier/recipes/recipe.h>
 #include <vernier/tests/expect_error.h>
 #include <vernier/tests/tiny_bert.h>
@@ -493,19 +494,22 @@ TEST_F(RecipesTest, BatchesAreLaidEndToEnd) {
 TEST_F(RecipesTest, AttentionStaysWithinItsSequence) {
   constexpr int64_t kHeads = 2, kSize = 3;
   const TokenBatch batch = make_batch(kRows, torch::kCPU);
-  const auto random = [&] { return torch::randn({batch.tokens.numel(), kHeads * kSize}); };
+  const auto random = [&] { return torch::randn({batch.tokens.numel(), kHeads, kSize}); };
   const Tensor q = random(), k = random(), v = random();
-  const Tensor mixed = packed_attention(q, k, v, kHeads, batch);
+  const Heads heads = {kHeads, kHeads, kSize};
+  const auto attend = [&](const Tensor& queries, const Tensor& keys, const Tensor& values,
+                          const TokenBatch& of) {
+    return attention(queries, keys, values, heads, Sequences(of, kPositions), /*causal=*/false);
+  };
+  const Tensor mixed = attend(q, k, v, batch);
   int64_t first = 0;
   for (const int64_t length : batch.lengths) {
     TokenBatch single;
     single.lengths = {length};
     const auto rows = [&](const Tensor& x) { return x.narrow(0, first, length); };
-    EXPECT_TRUE(torch::allclose(
-        rows(mixed), packed_attention(rows(q), rows(k), rows(v), kHeads, single), 1e-5, 1e-6));
-    const auto by_head = [&](const Tensor& x) {
-      return rows(x).view({length, kHeads, kSize}).transpose(0, 1);
-    };
+    EXPECT_TRUE(
+        torch::allclose(rows(mixed), attend(rows(q), rows(k), rows(v), single), 1e-5, 1e-6));
+    const auto by_head = [&](const Tensor& x) { return rows(x).transpose(0, 1); };
     const Tensor weights = torch::softmax(
         by_head(q).matmul(by_head(k).transpose(1, 2)) / std::sqrt(double{kSize}), -1);
     const Tensor expected =
@@ -620,7 +624,7 @@ TEST_F(RecipesTest, WrongFoldersAreRefused) {
       {"relative positions", field("position_embedding_type", "relative_key"),
        "position_embedding_type \"relative_key\" is not implemented"},
       {"decoder", field("is_decoder", true), "is_decoder true is not implemented"},
-      {"activation", field("hidden_act", "relu"), "hidden_act \"relu\" is not implemented (gelu"},
+      {"activation", field("hidden_act", "tanh"), "hidden_act \"tanh\" is not implemented (relu"},
       {"no hidden size", field("hidden_size", nullptr), "no field 'hidden_size'"},
       {"hidden size 0", field("hidden_size", 0), "hidden_size must be a positive integer"},
       {"hidden size a string", field("hidden_size", "16"), "hidden_size must be a positive"},

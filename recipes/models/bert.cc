@@ -17,9 +17,10 @@ namespace {
 using torch::Tensor;
 
 struct BertConfig {
-  int64_t vocabulary, hidden, layers, heads, intermediate, positions, types;
+  int64_t vocabulary, hidden, layers, intermediate, positions, types;
+  Heads heads;
   double epsilon;
-  bool tanh_gelu;
+  Activation activation;
 };
 
 BertConfig read_config(const nlohmann::json& json) {
@@ -31,21 +32,13 @@ BertConfig read_config(const nlohmann::json& json) {
   result.vocabulary = config.size("vocab_size");
   result.hidden = config.size("hidden_size");
   result.layers = config.size("num_hidden_layers");
-  result.heads = config.size("num_attention_heads");
+  result.heads = read_heads(config, result.hidden, "hidden_size", "num_attention_heads");
   result.intermediate = config.size("intermediate_size");
   result.positions = config.size("max_position_embeddings");
   result.types = config.size("type_vocab_size", 2);
   result.epsilon = config.number("layer_norm_eps", 1e-12);
-  const std::string activation =
-      config.one_of("hidden_act", {"gelu", "gelu_new", "gelu_pytorch_tanh"}, "gelu");
-  result.tanh_gelu = activation != "gelu";
-  VERNIER_CHECK(result.hidden % result.heads == 0, "hidden_size ", result.hidden,
-                " is not a multiple of num_attention_heads ", result.heads);
+  result.activation = read_activation(config, "hidden_act", "gelu");
   return result;
-}
-
-torch::nn::LayerNorm layer_norm(const BertConfig& config) {
-  return torch::nn::LayerNorm(torch::nn::LayerNormOptions({config.hidden}).eps(config.epsilon));
 }
 
 // Names of submodules follow the checkpoint, which nests one-member modules: "self", "dense",
@@ -55,15 +48,11 @@ struct Embeddings : torch::nn::Module {
     words = register_module("word_embeddings", torch::nn::Embedding(c.vocabulary, c.hidden));
     positions = register_module("position_embeddings", torch::nn::Embedding(c.positions, c.hidden));
     types = register_module("token_type_embeddings", torch::nn::Embedding(c.types, c.hidden));
-    norm = register_module("LayerNorm", layer_norm(c));
+    norm = register_module("LayerNorm", make_layer_norm(c.hidden, c.epsilon));
   }
 
-  Tensor forward(const TokenBatch& batch) {
-    std::vector<int64_t> position;
-    for (const int64_t length : batch.lengths)
-      for (int64_t i = 0; i < length; ++i) position.push_back(i);
-    const Tensor index = torch::tensor(position, torch::kLong).to(batch.tokens.device());
-    return norm(words(batch.tokens) + types->weight[0] + positions(index));
+  Tensor forward(const Tensor& tokens, const Sequences& sequences) {
+    return norm(sequences.add_rows(words(tokens) + types->weight[0], positions->weight));
   }
 
   torch::nn::Embedding words{nullptr}, positions{nullptr}, types{nullptr};
@@ -77,11 +66,15 @@ struct SelfAttention : torch::nn::Module {
     value = register_module("value", nn::Linear(c.hidden, c.hidden));
   }
 
-  Tensor forward(const Tensor& x, const TokenBatch& batch) {
-    return packed_attention(query(x), key(x), value(x), heads, batch);
+  Tensor forward(const Tensor& x, const Sequences& sequences) {
+    const auto by_head = [&](const Tensor& projected) {
+      return projected.view({x.size(0), -1, heads.size});
+    };
+    return attention(by_head(query(x)), by_head(key(x)), by_head(value(x)), heads, sequences,
+                     /*causal=*/false);
   }
 
-  int64_t heads;
+  Heads heads;
   nn::Linear query{nullptr}, key{nullptr}, value{nullptr};
 };
 
@@ -89,7 +82,7 @@ struct SelfAttention : torch::nn::Module {
 struct ResidualOutput : torch::nn::Module {
   ResidualOutput(const BertConfig& c, int64_t in) {
     dense = register_module("dense", nn::Linear(in, c.hidden));
-    norm = register_module("LayerNorm", layer_norm(c));
+    norm = register_module("LayerNorm", make_layer_norm(c.hidden, c.epsilon));
   }
 
   Tensor forward(const Tensor& x, const Tensor& residual) { return norm(dense(x) + residual); }
@@ -104,8 +97,8 @@ struct Attention : torch::nn::Module {
     output = register_module("output", std::make_shared<ResidualOutput>(c, c.hidden));
   }
 
-  Tensor forward(const Tensor& x, const TokenBatch& batch) {
-    return output->forward(self->forward(x, batch), x);
+  Tensor forward(const Tensor& x, const Sequences& sequences) {
+    return output->forward(self->forward(x, sequences), x);
   }
 
   std::shared_ptr<SelfAttention> self;
@@ -113,13 +106,13 @@ struct Attention : torch::nn::Module {
 };
 
 struct Intermediate : torch::nn::Module {
-  explicit Intermediate(const BertConfig& c) : approximate(c.tanh_gelu ? "tanh" : "none") {
+  explicit Intermediate(const BertConfig& c) : activation(c.activation) {
     dense = register_module("dense", nn::Linear(c.hidden, c.intermediate));
   }
 
-  Tensor forward(const Tensor& x) { return torch::gelu(dense(x), approximate); }
+  Tensor forward(const Tensor& x) { return activate(dense(x), activation); }
 
-  std::string approximate;
+  Activation activation;
   nn::Linear dense{nullptr};
 };
 
@@ -130,8 +123,8 @@ struct Layer : torch::nn::Module {
     output = register_module("output", std::make_shared<ResidualOutput>(c, c.intermediate));
   }
 
-  Tensor forward(const Tensor& x, const TokenBatch& batch) {
-    const Tensor attended = attention->forward(x, batch);
+  Tensor forward(const Tensor& x, const Sequences& sequences) {
+    const Tensor attended = attention->forward(x, sequences);
     return output->forward(intermediate->forward(attended), attended);
   }
 
@@ -146,8 +139,8 @@ struct Encoder : torch::nn::Module {
     for (int64_t i = 0; i < c.layers; ++i) layers->push_back(std::make_shared<Layer>(c));
   }
 
-  Tensor forward(Tensor x, const TokenBatch& batch) {
-    for (const auto& layer : *layers) x = layer->as<Layer>()->forward(x, batch);
+  Tensor forward(Tensor x, const Sequences& sequences) {
+    for (const auto& layer : *layers) x = layer->as<Layer>()->forward(x, sequences);
     return x;
   }
 
@@ -162,14 +155,13 @@ class Bert : public TextModel {
   }
 
   Tensor forward(const TokenBatch& batch) override {
-    VERNIER_CHECK(batch.longest() <= config_.positions, "a sequence of ", batch.longest(),
-                  " tokens is longer than the model's ", config_.positions, " positions");
-    return encoder_->forward(embeddings_->forward(batch), batch);
+    const Sequences sequences(batch, config_.positions);
+    return encoder_->forward(embeddings_->forward(batch.tokens, sequences), sequences);
   }
   std::string settings() const override {
-    return nlohmann::json{{"num_attention_heads", config_.heads},
+    return nlohmann::json{{"num_attention_heads", config_.heads.queries},
                           {"layer_norm_eps", config_.epsilon},
-                          {"hidden_act", config_.tanh_gelu ? "gelu_tanh" : "gelu"}}
+                          {"hidden_act", to_string(config_.activation)}}
         .dump();
   }
   // The norms come after the residuals, so that the next residual reads them as well: no factor can
@@ -183,7 +175,8 @@ class Bert : public TextModel {
       groups.push_back(linear_group(self + "value", layer->attention->self->value,
                                     name + ".attention.output.dense"));
       groups.push_back(free_group({name + ".intermediate.dense"}));
-      groups.push_back(free_group({name + ".output.dense"}));
+      groups.push_back(activation_group(name + ".intermediate.dense", layer->intermediate->dense,
+                                        config_.activation, name + ".output.dense"));
     }
     return groups;
   }

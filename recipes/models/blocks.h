@@ -1,8 +1,10 @@
-// What families are built of: norms, rotary embeddings, attention over packed sequences, gated and
-// plain feed-forward layers.
+// What families are built of: sequences, norms, rotary embeddings, attention, activations, and the
+// smoothing groups of all that.
 #pragma once
 
 #include <torch/nn/module.h>
+#include <torch/nn/modules/normalization.h>
+#include <vernier/kernels/activation.h>
 #include <vernier/qat/linear.h>
 #include <vernier/recipes/models/causal_lm.h>
 #include <vernier/recipes/models/config.h>
@@ -133,14 +135,19 @@ torch::Tensor attention(const torch::Tensor& query, const torch::Tensor& key,
                         const torch::Tensor& value, const Heads& heads, const Sequences& sequences,
                         bool causal, int64_t layer = 0);
 
-// ---- Feed-forward layers ------------------------------------------------------------------------
+/// Heads that keys and values have as many of as queries, by the fields of their number and of
+/// `hidden`. Throws Error where the one is no multiple of the other.
+Heads read_heads(const ConfigReader& config, int64_t hidden, const char* hidden_field,
+                 const char* heads_field);
 
-/// Activation functions by their names in Hugging Face configurations.
-enum class Activation { relu, gelu, gelu_tanh, silu };
+// ---- Linears, norms and activations -------------------------------------------------------------
 
-/// Throws Error, naming the field, for one that is not implemented.
+nn::Linear make_linear(int64_t in, int64_t out, bool bias = true);
+torch::nn::LayerNorm make_layer_norm(int64_t size, double epsilon = 1e-5);
+
+/// The activation of a Hugging Face configuration's field. Throws Error, naming the field, for one
+/// that is not implemented.
 Activation read_activation(const ConfigReader& config, const char* field, const char* otherwise);
-const char* to_string(Activation activation);
 torch::Tensor activate(const torch::Tensor& x, Activation activation);
 
 // ---- Smoothing groups ---------------------------------------------------------------------------
@@ -154,6 +161,11 @@ SmoothingGroup norm_group(const std::string& name, const std::shared_ptr<torch::
 SmoothingGroup linear_group(const std::string& name, const nn::Linear& linear,
                             const std::string& reader, std::vector<int64_t> source = {},
                             int64_t first = 0, int64_t channels = -1);
+
+/// The group of a linear and the layer that reads it through an activation function: foldable where
+/// that lets positive factors through.
+SmoothingGroup activation_group(const std::string& name, const nn::Linear& linear,
+                                Activation activation, const std::string& reader);
 
 /// The group of layers whose activation no factor can be folded into.
 SmoothingGroup free_group(const std::vector<std::string>& readers);

@@ -26,6 +26,8 @@ class KeyValueCache {
   int64_t capacity() const { return capacity_; }
   /// Tokens that each sequence has brought.
   int64_t length() const { return length_; }
+  /// Memory that it takes, whatever its length().
+  int64_t bytes() const;
 
   /// Puts keys and values of the next tokens, [sequences, heads, tokens, head_size] each, behind
   /// those of a layer and returns all of them, [sequences, heads, length() + tokens, head_size].

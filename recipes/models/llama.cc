@@ -97,17 +97,13 @@ LlamaConfig read_qwen3(const nlohmann::json& json) {
   return result;
 }
 
-nn::Linear linear(int64_t in, int64_t out, bool bias) {
-  return nn::Linear(torch::nn::LinearOptions(in, out).bias(bias));
-}
-
 struct SelfAttention : torch::nn::Module {
   explicit SelfAttention(const LlamaConfig& c) : heads(c.heads) {
     const int64_t queries = heads.queries * heads.size, keys = heads.keys * heads.size;
-    q_proj = register_module("q_proj", linear(c.hidden, queries, c.query_bias));
-    k_proj = register_module("k_proj", linear(c.hidden, keys, c.query_bias));
-    v_proj = register_module("v_proj", linear(c.hidden, keys, c.query_bias));
-    o_proj = register_module("o_proj", linear(queries, c.hidden, c.output_bias));
+    q_proj = register_module("q_proj", make_linear(c.hidden, queries, c.query_bias));
+    k_proj = register_module("k_proj", make_linear(c.hidden, keys, c.query_bias));
+    v_proj = register_module("v_proj", make_linear(c.hidden, keys, c.query_bias));
+    o_proj = register_module("o_proj", make_linear(queries, c.hidden, c.output_bias));
     if (!c.head_norms) return;
     q_norm = register_module("q_norm", RMSNorm(heads.size, c.epsilon));
     k_norm = register_module("k_norm", RMSNorm(heads.size, c.epsilon));
@@ -125,8 +121,7 @@ struct SelfAttention : torch::nn::Module {
     }
     q = Rotary::rotate(q, angles, sequences);
     k = Rotary::rotate(k, angles, sequences);
-    return o_proj(
-        attention(q, k, by_head(v_proj(x)), heads, sequences, /*causal=*/true, layer));
+    return o_proj(attention(q, k, by_head(v_proj(x)), heads, sequences, /*causal=*/true, layer));
   }
 
   Heads heads;
@@ -136,9 +131,9 @@ struct SelfAttention : torch::nn::Module {
 
 struct GatedMlp : torch::nn::Module {
   explicit GatedMlp(const LlamaConfig& c) : activation(c.activation) {
-    gate_proj = register_module("gate_proj", linear(c.hidden, c.intermediate, c.mlp_bias));
-    up_proj = register_module("up_proj", linear(c.hidden, c.intermediate, c.mlp_bias));
-    down_proj = register_module("down_proj", linear(c.intermediate, c.hidden, c.mlp_bias));
+    gate_proj = register_module("gate_proj", make_linear(c.hidden, c.intermediate, c.mlp_bias));
+    up_proj = register_module("up_proj", make_linear(c.hidden, c.intermediate, c.mlp_bias));
+    down_proj = register_module("down_proj", make_linear(c.intermediate, c.hidden, c.mlp_bias));
   }
 
   Tensor forward(const Tensor& x) {
@@ -160,8 +155,7 @@ struct Layer : torch::nn::Module {
 
   Tensor forward(const Tensor& x, const Sequences& sequences, const Rotary::Angles& angles,
                  int64_t layer) {
-    const Tensor attended =
-        x + self_attn->forward(input_layernorm(x), sequences, angles, layer);
+    const Tensor attended = x + self_attn->forward(input_layernorm(x), sequences, angles, layer);
     return attended + mlp->forward(post_attention_layernorm(attended));
   }
 

@@ -28,10 +28,7 @@ OptConfig read_config(const nlohmann::json& json) {
   result.layers = config.size("num_hidden_layers");
   result.intermediate = config.size("ffn_dim");
   result.positions = config.size("max_position_embeddings");
-  const int64_t heads = config.size("num_attention_heads");
-  VERNIER_CHECK(result.hidden % heads == 0, "hidden_size ", result.hidden,
-                " is not a multiple of num_attention_heads ", heads);
-  result.heads = {heads, heads, result.hidden / heads};
+  result.heads = read_heads(config, result.hidden, "hidden_size", "num_attention_heads");
   result.activation = read_activation(config, "activation_function", "relu");
   result.bias = config.flag("enable_bias", true);
   result.norm_first = config.flag("do_layer_norm_before", true);
@@ -40,20 +37,12 @@ OptConfig read_config(const nlohmann::json& json) {
   return result;
 }
 
-nn::Linear linear(int64_t in, int64_t out, bool bias) {
-  return nn::Linear(torch::nn::LinearOptions(in, out).bias(bias));
-}
-
-torch::nn::LayerNorm layer_norm(const OptConfig& c) {
-  return torch::nn::LayerNorm(torch::nn::LayerNormOptions({c.hidden}));
-}
-
 struct SelfAttention : torch::nn::Module {
   explicit SelfAttention(const OptConfig& c) : heads(c.heads) {
-    q_proj = register_module("q_proj", linear(c.hidden, c.hidden, c.bias));
-    k_proj = register_module("k_proj", linear(c.hidden, c.hidden, c.bias));
-    v_proj = register_module("v_proj", linear(c.hidden, c.hidden, c.bias));
-    out_proj = register_module("out_proj", linear(c.hidden, c.hidden, c.bias));
+    q_proj = register_module("q_proj", make_linear(c.hidden, c.hidden, c.bias));
+    k_proj = register_module("k_proj", make_linear(c.hidden, c.hidden, c.bias));
+    v_proj = register_module("v_proj", make_linear(c.hidden, c.hidden, c.bias));
+    out_proj = register_module("out_proj", make_linear(c.hidden, c.hidden, c.bias));
   }
 
   Tensor forward(const Tensor& x, const Sequences& sequences, int64_t layer) {
@@ -71,10 +60,10 @@ struct SelfAttention : torch::nn::Module {
 struct Layer : torch::nn::Module {
   explicit Layer(const OptConfig& c) : norm_first(c.norm_first), activation(c.activation) {
     self_attn = register_module("self_attn", std::make_shared<SelfAttention>(c));
-    self_attn_layer_norm = register_module("self_attn_layer_norm", layer_norm(c));
-    fc1 = register_module("fc1", linear(c.hidden, c.intermediate, c.bias));
-    fc2 = register_module("fc2", linear(c.intermediate, c.hidden, c.bias));
-    final_layer_norm = register_module("final_layer_norm", layer_norm(c));
+    self_attn_layer_norm = register_module("self_attn_layer_norm", make_layer_norm(c.hidden));
+    fc1 = register_module("fc1", make_linear(c.hidden, c.intermediate, c.bias));
+    fc2 = register_module("fc2", make_linear(c.intermediate, c.hidden, c.bias));
+    final_layer_norm = register_module("final_layer_norm", make_layer_norm(c.hidden));
   }
 
   Tensor forward(const Tensor& x, const Sequences& sequences, int64_t layer) {
@@ -102,20 +91,21 @@ struct Decoder : torch::nn::Module {
     embed_positions = register_module(
         "embed_positions", torch::nn::Embedding(c.positions + kUnusedPositions, c.hidden));
     if (c.embedded != c.hidden) {
-      project_in = register_module("project_in", linear(c.embedded, c.hidden, /*bias=*/false));
-      project_out = register_module("project_out", linear(c.hidden, c.embedded, /*bias=*/false));
+      project_in = register_module("project_in", make_linear(c.embedded, c.hidden, /*bias=*/false));
+      project_out =
+          register_module("project_out", make_linear(c.hidden, c.embedded, /*bias=*/false));
     }
     layers = register_module("layers", torch::nn::ModuleList());
     for (int64_t i = 0; i < c.layers; ++i) layers->push_back(std::make_shared<Layer>(c));
-    if (c.final_norm) final_layer_norm = register_module("final_layer_norm", layer_norm(c));
+    if (c.final_norm)
+      final_layer_norm = register_module("final_layer_norm", make_layer_norm(c.hidden));
   }
 
   Tensor forward(const Tensor& tokens, const Sequences& sequences) {
     Tensor x = embed_tokens(tokens);
     if (project_in) x = project_in(x);
     const Tensor& table = embed_positions->weight;
-    x = sequences.add_rows(
-        x, table.narrow(0, kUnusedPositions, table.size(0) - kUnusedPositions));
+    x = sequences.add_rows(x, table.narrow(0, kUnusedPositions, table.size(0) - kUnusedPositions));
     for (size_t i = 0; i < layers->size(); ++i)
       x = layers[i]->as<Layer>()->forward(x, sequences, static_cast<int64_t>(i));
     if (final_layer_norm) x = final_layer_norm(x);
@@ -176,9 +166,8 @@ class Opt : public CausalLanguageModel {
       groups.push_back(linear_group(attention_name + "v_proj", layer->self_attn->v_proj,
                                     attention_name + "out_proj"));
       after_norm(name + "final_layer_norm", layer->final_layer_norm, {name + "fc1"});
-      groups.push_back(config_.activation == Activation::relu
-                           ? linear_group(name + "fc1", layer->fc1, name + "fc2")
-                           : free_group({name + "fc2"}));
+      groups.push_back(
+          activation_group(name + "fc1", layer->fc1, config_.activation, name + "fc2"));
     }
     return groups;
   }

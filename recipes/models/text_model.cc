@@ -2,6 +2,8 @@
 #include <vernier/export/safetensors.h>
 #include <vernier/kernels/error.h>
 #include <vernier/recipes/models/bert.h>
+#include <vernier/recipes/models/gpt2.h>
+#include <vernier/recipes/models/gpt_neox.h>
 #include <vernier/recipes/models/llama.h>
 #include <vernier/recipes/models/opt.h>
 #include <vernier/recipes/models/text_model.h>
@@ -21,7 +23,7 @@ namespace fs = std::filesystem;
 
 const std::vector<Family>& families() {
   static const std::vector<Family> all = [] {
-    std::vector<Family> made = {bert_family(), opt_family()};
+    std::vector<Family> made = {bert_family(), opt_family(), gpt_neox_family(), gpt2_family()};
     for (Family& family : llama_families()) made.push_back(std::move(family));
     return made;
   }();
@@ -91,7 +93,8 @@ std::shared_ptr<TextModel> load_folder(const fs::path& folder) {
         stored_name.emplace(family.parameter_name ? family.parameter_name(name) : name, name);
     if (!added) continue;
     std::vector<int64_t> shape = weights.info(name).shape;
-    if (family.transposed && family.transposed(item->first)) std::reverse(shape.begin(), shape.end());
+    if (family.transposed && family.transposed(item->first))
+      std::reverse(shape.begin(), shape.end());
     shapes.emplace(item->first, std::move(shape));
   }
   auto model = make_model(info, shapes, config_path.string());
@@ -186,35 +189,6 @@ Tensor mean_pooling(const Tensor& hidden, const TokenBatch& batch) {
     first += length;
   }
   return torch::stack(means);
-}
-
-Tensor packed_attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads,
-                        const TokenBatch& batch) {
-  const int64_t sequences = batch.size(), longest = batch.longest();
-  const int64_t head_size = query.size(1) / heads;
-  const auto attend = [&](const Tensor& q, const Tensor& k, const Tensor& v,
-                          const std::optional<Tensor>& mask) {
-    const auto by_head = [&](const Tensor& x) {
-      return x.view({sequences, longest, heads, head_size}).transpose(1, 2);
-    };
-    const Tensor mixed = at::scaled_dot_product_attention(by_head(q), by_head(k), by_head(v), mask);
-    return mixed.transpose(1, 2).reshape({sequences * longest, heads * head_size});
-  };
-  if (batch.equal_lengths()) return attend(query, key, value, std::nullopt);
-
-  // Sequences of several lengths: laid out in rows of the longest, where the mask hides the gaps.
-  std::vector<int64_t> place;
-  for (int64_t s = 0; s < sequences; ++s)
-    for (int64_t i = 0; i < batch.lengths[s]; ++i) place.push_back(s * longest + i);
-  const Tensor index = torch::tensor(place, torch::kLong).to(query.device());
-  Tensor mask = torch::zeros({sequences * longest}, query.options().dtype(torch::kBool));
-  mask.index_fill_(0, index, true);
-  const auto pad = [&](const Tensor& x) {
-    return x.new_zeros({sequences * longest, x.size(1)}).index_copy_(0, index, x);
-  };
-  const Tensor mixed =
-      attend(pad(query), pad(key), pad(value), mask.view({sequences, 1, 1, longest}));
-  return mixed.index_select(0, index);
 }
 
 }  // namespace vernier

@@ -66,9 +66,4 @@ std::shared_ptr<TextModel> load_text_model(const std::filesystem::path& path);
 /// same fingerprint wherever it is loaded.
 std::string fingerprint_of(const TextModel& model);
 
-/// Attention over packed sequences: query, key, value [total, heads * head_size] each to [total,
-/// heads * head_size], every token to all of its own sequence.
-torch::Tensor packed_attention(const torch::Tensor& query, const torch::Tensor& key,
-                               const torch::Tensor& value, int64_t heads, const TokenBatch& batch);
-
 }  // namespace vernier
