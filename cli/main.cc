@@ -32,6 +32,7 @@ int main(int argc, char** argv) {
   add_export(app, action);
   add_validate(app, action);
   add_eval(app, action);
+  add_generate(app, action);
   add_inspect(app, action);
   add_bench(app, action);
   try {
