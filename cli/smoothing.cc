@@ -39,6 +39,11 @@ void SmoothingSearchOptions::add_to(CLI::App& command) {
   command.add_option("--refine-rate", search.refine_rate, "their learning rate")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
+  command
+      .add_option("--refine-average", search.refine_average,
+                  "take an average over steps, each counting this much less than the next")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 0.999));
   command.add_flag("--resume", resume, "go on with an interrupted search");
 }
 
