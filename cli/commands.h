@@ -33,6 +33,7 @@ void add_eval(CLI::App& app, Action& action);
 void add_train(CLI::App& app, Action& action);
 void add_generate(CLI::App& app, Action& action);
 void add_inspect(CLI::App& app, Action& action);
+void add_smoothquant(CLI::App& app, Action& action);
 void add_bench(CLI::App& app, Action& action);
 
 // ---- What several commands share ----

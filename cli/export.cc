@@ -1,5 +1,6 @@
 #include <vernier/cli/commands.h>
 #include <vernier/cli/console.h>
+#include <vernier/cli/smoothing.h>
 #include <vernier/kernels/error.h>
 
 namespace vernier::cli {
@@ -19,6 +20,10 @@ int run(const Options& options) {
   VERNIER_CHECK(model->info.recipe.empty(), options.model,
                 " is quantized already: give the float model");
   apply_recipe(*model, recipe);
+  VERNIER_CHECK(recipe.smoothing.empty() || is_smoothed(options.model), "recipe ", recipe.name,
+                " smooths first: use `vernier quantize`, or give a folder of `vernier smoothquant` "
+                "and its statistics");
+  smooth_for(*model, recipe, options.model, nullptr, {}, options.recipe.calibrator.has_value());
   ModelStatistics statistics;
   if (!options.statistics.empty()) {
     statistics = load_statistics(options.statistics);

@@ -1,6 +1,7 @@
 #include <vernier/calibration/atomic_file.h>
 #include <vernier/cli/commands.h>
 #include <vernier/cli/console.h>
+#include <vernier/cli/smoothing.h>
 #include <vernier/kernels/error.h>
 
 namespace vernier::cli {
@@ -10,6 +11,7 @@ struct Options {
   CommonOptions common;
   RecipeOptions recipe;
   DataOptions data;
+  SmoothingSearchOptions smoothing;
   std::string model, out, eval_data;
   std::optional<int64_t> samples, batch_size;
   double tolerance = 0.05;
@@ -26,8 +28,10 @@ int run(const Options& options) {
   }  // so that an hour's work does not end at a missing folder
   const auto model = load_model(options.model, device);
   std::optional<TokenDataset> data, eval_data;
-  if (needs_data || !options.data.data.empty())
-    data = options.data.open(model.get(), concat("recipe ", recipe.name, " has static scales"));
+  const bool smooths = !recipe.smoothing.empty() && !is_smoothed(options.model);
+  if (needs_data || smooths || !options.data.data.empty())
+    data = options.data.open(model.get(), concat("recipe ", recipe.name,
+                                                 needs_data ? " has static scales" : " smooths"));
   if (!options.eval_data.empty()) {
     DataOptions judging = options.data;
     judging.data = options.eval_data;
@@ -38,11 +42,18 @@ int run(const Options& options) {
     judged->check(model->vocabulary(), model->max_length());  // before anything is written
 
   apply_recipe(*model, recipe);
+  const SmoothingRun run_of_search = options.smoothing.run_of(options.out + ".search.json");
+  std::optional<TokenDataset> searched = data;
+  if (searched && options.samples) searched = searched->share(0, *options.samples);
+  const SmoothingResult smoothing =
+      smooth_for(*model, recipe, options.model, searched ? &*searched : nullptr, run_of_search,
+                 options.recipe.calibrator.has_value());
   ModelStatistics statistics;
   if (needs_data) statistics = calibrate_on(*model, *data, options.samples);
   calibrate_layers(*model, statistics);
   model->info.recipe = recipe.name;
   save_checkpoint(*model, model->info, options.out);
+  forget_state(run_of_search);
 
   nlohmann::ordered_json json;
   json["command"] = "quantize";
@@ -53,6 +64,7 @@ int run(const Options& options) {
   json["bytes_float"] = model_bytes(options.model);
   json["bytes_integer"] = model_bytes(options.out);
   json["layers"] = quantized_layers(*model).size();
+  if (!smoothing.groups.empty()) json["smoothing"] = smoothing_json(smoothing);
 
   if (!judged) {
     note("no data to validate on: give some with --eval-data");
@@ -94,6 +106,7 @@ void add_quantize(CLI::App& app, Action& action) {
       ->add_option("--tolerance", options->tolerance,
                    "largest relative difference of the outputs of integer and fake-quant runs")
       ->capture_default_str();
+  options->smoothing.add_to(*command);
   options->recipe.add_to(*command);
   options->common.add_to(*command);
   command->callback([options, &action] { action = [options] { return run(*options); }; });
