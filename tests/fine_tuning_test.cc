@@ -259,7 +259,7 @@ TEST_F(FineTuning, ARateTooHighIsAnError) {
   settings.rate = 1e30;
   settings.warmup = 0;
   FineTuner tuner(*tuned.model, *tuned.reference, data_, settings);
-  EXPECT_CONTAINS(message_of([&] { train(tuner); }), "lower the learning rates");
+  EXPECT_CONTAINS(message_of([&] { train(tuner); }), "learning rate");
 }
 
 TEST(FineTuningRecipe, Training) {
