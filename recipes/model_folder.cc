@@ -129,24 +129,22 @@ ModelFolder model_folder(const TextModel& model, const fs::path& source,
     for (const auto& [what, quantizer] : layer->quantizers())
       for (const auto& item : quantizer->named_parameters())  // learned scales
         parameters.erase(concat(name, ".", what, "_quantizer.", item.key()));
+  std::set<std::string> missing;
+  for (const auto& item : parameters) missing.insert(item.first);
   const auto add = [&](const std::string& name, const std::string& parameter) {
-    const auto found = parameters.find(parameter);
-    if (found == parameters.end()) return false;
-    folder.tensors.push_back(of_parameter(model, parameter, found->second, name, folder.dtype));
-    parameters.erase(found);
-    return true;
+    folder.tensors.push_back(
+        of_parameter(model, parameter, parameters.at(parameter), name, folder.dtype));
+    missing.erase(parameter);
   };
   if (!weights) {
-    while (!parameters.empty()) {
-      const std::string name = parameters.begin()->first;
-      add(name, name);
-    }
+    for (const auto& item : parameters) add(item.first, item.first);
     return folder;
   }
   for (const std::string& name : weights->names()) {
-    // Task heads put one component before the names of the bare model.
-    if (add(name, name) || add(name, name.substr(name.find('.') + 1))) {
-      const auto& written = folder.tensors.back().tensor;
+    const std::string parameter = parameter_of(model, name);
+    if (parameters.count(parameter)) {
+      add(name, parameter);
+      const TensorToWrite& written = folder.tensors.back().tensor;
       VERNIER_CHECK(weights->info(name).shape == written.shape, source.string(), ": tensor '", name,
                     "' has shape ", at::IntArrayRef(weights->info(name).shape),
                     " and the model's has ", at::IntArrayRef(written.shape),

@@ -148,6 +148,14 @@ std::shared_ptr<TextModel> load_text_model(const fs::path& path) {
   return model;
 }
 
+std::string parameter_of(const TextModel& model, const std::string& stored) {
+  const Family& family = family_of(model.info.architecture, "the model");
+  const std::string name = family.parameter_name ? family.parameter_name(stored) : stored;
+  const auto parameters = model.named_parameters();
+  if (parameters.contains(name)) return name;
+  return family.output && name == family.output ? family.embedding : "";
+}
+
 std::string fingerprint_of(const TextModel& model) {
   // FNV-1a, eight bytes at a time: against mistakes, not against forgery.
   uint64_t hash = 0xcbf29ce484222325u;
