@@ -1,7 +1,6 @@
-#include <torch/nn/functional/activation.h>
-#include <torch/nn/modules/normalization.h>
 #include <torch/utils.h>
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/rotary.h>
 #include <vernier/recipes/models/blocks.h>
 
 #include <algorithm>
@@ -54,8 +53,8 @@ Sequences::Sequences(const TokenBatch& batch, int64_t positions, KeyValueCache* 
   if (cache) {
     VERNIER_CHECK(equal && count == cache->sequences(), "a cache of ", cache->sequences(),
                   " sequences takes as many, of equal lengths");
-    VERNIER_CHECK(past + longest <= cache->capacity(), "the cache has room for ",
-                  cache->capacity(), " tokens, not for ", past + longest);
+    VERNIER_CHECK(past + longest <= cache->capacity(), "the cache has room for ", cache->capacity(),
+                  " tokens, not for ", past + longest);
   }
   if (equal) return;
   std::vector<int64_t> positions_of, places;
@@ -77,17 +76,23 @@ Tensor Sequences::add_rows(const Tensor& x, const Tensor& table) const {
   return equal ? (x.view({count, longest, -1}) + rows).view_as(x) : x + rows;
 }
 
+// ---- Embeddings ---------------------------------------------------------------------------------
+
+torch::nn::Embedding embedding(int64_t rows, int64_t size) {
+  torch::nn::EmbeddingOptions options(rows, size);
+  if (const auto& uninitialized = nn::Uninitialized::options())
+    options._weight(torch::empty({rows, size}, *uninitialized));
+  return torch::nn::Embedding(options);
+}
+
 // ---- Norms --------------------------------------------------------------------------------------
 
 RMSNormImpl::RMSNormImpl(int64_t size, double norm_epsilon) : epsilon(norm_epsilon) {
   weight = register_parameter("weight", torch::ones({size}));
 }
 
-Tensor RMSNormImpl::forward(const Tensor& x) {
-  if (x.scalar_type() == weight.scalar_type())
-    return torch::rms_norm(x, weight.sizes(), weight, epsilon);
-  return torch::rms_norm(x.to(torch::kFloat), weight.sizes(), weight.to(torch::kFloat), epsilon)
-      .to(x.scalar_type());
+Norm norm_of(const torch::nn::LayerNorm& layer_norm) {
+  return {layer_norm->weight, layer_norm->bias, layer_norm->options.eps(), /*centered=*/true};
 }
 
 // ---- Rotary embeddings --------------------------------------------------------------------------
@@ -112,13 +117,12 @@ RotarySettings read_rotary(const ConfigReader& config, int64_t head_size, const 
   RotaryScaling& scaling = result.scaling;
   try {
     result.theta = parameters.number("rope_theta", config.number(theta_field, result.theta));
-    const double factor = parameters.number("partial_rotary_factor",
-                                            config.number(factor_field, default_factor));
+    const double factor =
+        parameters.number("partial_rotary_factor", config.number(factor_field, default_factor));
     VERNIER_CHECK(factor <= 1, factor_field, " must be at most 1, not ", factor);
     result.size = static_cast<int64_t>(static_cast<double>(head_size) * factor);
-    VERNIER_CHECK(result.size % 2 == 0 && result.size > 0, factor_field, " ", factor,
-                  " rotates ", result.size, " of a head's ", head_size,
-                  " dimensions: an even number is needed");
+    VERNIER_CHECK(result.size % 2 == 0 && result.size > 0, factor_field, " ", factor, " rotates ",
+                  result.size, " of a head's ", head_size, " dimensions: an even number is needed");
     const char* kind = parameters.has("rope_type") ? "rope_type" : "type";
     const std::string name = parameters.one_of(kind, {"default", "linear", "llama3"}, "default");
     std::vector<std::string> known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"};
@@ -167,32 +171,26 @@ Tensor frequencies(const RotarySettings& settings) {
   if (scaling.kind == RotaryScaling::Kind::linear) return stretched;
   const auto original = static_cast<double>(scaling.original_positions);
   const Tensor wavelength = 2 * std::numbers::pi / inverse;
-  const Tensor kept =
-      ((original / wavelength - scaling.low_frequency) /
-       (scaling.high_frequency - scaling.low_frequency))
-          .clamp(0, 1);
+  const Tensor kept = ((original / wavelength - scaling.low_frequency) /
+                       (scaling.high_frequency - scaling.low_frequency))
+                          .clamp(0, 1);
   return (1 - kept) * stretched + kept * inverse;
 }
 
 }  // namespace
 
-Rotary::Angles Rotary::tables(torch::Device device, torch::Dtype dtype, int64_t positions) {
+Rotary::Angles Rotary::tables(torch::Device device, int64_t positions) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = std::find_if(tables_.begin(), tables_.end(), [&](const Angles& table) {
-    return table.cosine.device() == device && table.cosine.scalar_type() == dtype;
+    return table.cosine.device() == device;
   });
   if (found != tables_.end() && found->cosine.size(0) >= positions) return *found;
   const c10::InferenceMode no_inference(false);  // training may use them as well
   const torch::NoGradGuard no_grad;
-  const int64_t rows = std::min(
-      positions_, std::max<int64_t>(512, std::bit_ceil(static_cast<uint64_t>(positions))));
-  const Tensor angles =
-      torch::arange(rows, torch::kFloat).unsqueeze(1) * frequencies(settings_);
-  const Tensor cosine = angles.cos(), sine = angles.sin();
-  const auto finish = [&](const Tensor& left, const Tensor& right) {
-    return torch::cat({left, right}, 1).to(dtype).to(device);
-  };
-  const Angles made = {finish(cosine, cosine), finish(-sine, sine)};
+  const int64_t rows =
+      std::min(positions_, std::max<int64_t>(512, std::bit_ceil(static_cast<uint64_t>(positions))));
+  const Tensor angles = torch::arange(rows, torch::kFloat).unsqueeze(1) * frequencies(settings_);
+  const Angles made = {angles.cos().to(device), angles.sin().to(device)};
   if (found == tables_.end())
     tables_.push_back(made);
   else
@@ -200,22 +198,21 @@ Rotary::Angles Rotary::tables(torch::Device device, torch::Dtype dtype, int64_t 
   return made;
 }
 
-Rotary::Angles Rotary::angles(const Sequences& sequences, torch::Device device,
-                              torch::Dtype dtype) {
-  const Angles table = tables(device, dtype, sequences.past + sequences.longest);
-  return {sequences.rows_of(table.cosine).unsqueeze(1), sequences.rows_of(table.sine).unsqueeze(1)};
+Rotary::Angles Rotary::angles(const Sequences& sequences, torch::Device device) {
+  const Angles table = tables(device, sequences.past + sequences.longest);
+  return {sequences.rows_of(table.cosine), sequences.rows_of(table.sine)};
 }
 
-Tensor Rotary::rotate(const Tensor& x, const Angles& angles, const Sequences& sequences) {
-  const int64_t size = angles.cosine.size(-1), head_size = x.size(-1);
-  const Tensor whole =
-      sequences.equal ? x.view({sequences.count, sequences.longest, x.size(1), head_size}) : x;
-  const Tensor part = size == head_size ? whole : whole.narrow(-1, 0, size);
-  // The other half of each pair, with the sign that the sines carry.
-  const Tensor rotated =
-      torch::addcmul(part * angles.cosine, part.roll(size / 2, -1), angles.sine);
-  if (size == head_size) return rotated.view_as(x);
-  return torch::cat({rotated, whole.narrow(-1, size, head_size - size)}, -1).view_as(x);
+Tensor Rotary::rotate(const Tensor& x, const Angles& angles) {
+  if (x.scalar_type() != torch::kDouble) return rotary_embedding(x, angles.cosine, angles.sine);
+  // What the kernel does not have.
+  const int64_t half = angles.cosine.size(1), copies = x.size(0) / angles.cosine.size(0);
+  const auto of_heads = [&](const Tensor& table) { return table.repeat({copies, 1}).unsqueeze(1); };
+  const Tensor cosine = of_heads(angles.cosine), sine = of_heads(angles.sine);
+  const Tensor first = x.narrow(2, 0, half), second = x.narrow(2, half, half);
+  return torch::cat({first * cosine - second * sine, second * cosine + first * sine,
+                     x.narrow(2, 2 * half, x.size(2) - 2 * half)},
+                    2);
 }
 
 // ---- Attention ----------------------------------------------------------------------------------
@@ -232,10 +229,9 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
   const int64_t count = sequences.count, longest = sequences.longest;
   // Sequences of several lengths are laid out in rows of the longest.
   const auto by_head = [&](const Tensor& x) {
-    const Tensor rows = sequences.equal
-                            ? x
-                            : x.new_zeros({count * longest, x.size(1), x.size(2)})
-                                  .index_copy_(0, sequences.place, x);
+    const Tensor rows = sequences.equal ? x
+                                        : x.new_zeros({count * longest, x.size(1), x.size(2)})
+                                              .index_copy_(0, sequences.place, x);
     return rows.view({count, longest, x.size(1), x.size(2)}).transpose(1, 2);
   };
   Tensor q = by_head(query), k = by_head(key), v = by_head(value);
@@ -268,9 +264,8 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
                  .view({count, 1, 1, longest});
     else if (causal && sequences.past > 0)
       mask = torch::ones({longest, all}, q.options().dtype(torch::kBool)).tril(sequences.past);
-    mixed = torch::scaled_dot_product_attention(q, k, v, mask, /*dropout_p=*/0.0,
-                                                causal && !mask, /*scale=*/std::nullopt,
-                                                shared > 1 && native);
+    mixed = torch::scaled_dot_product_attention(q, k, v, mask, /*dropout_p=*/0.0, causal && !mask,
+                                                /*scale=*/std::nullopt, shared > 1 && native);
   }
   const Tensor rows = mixed.transpose(1, 2).reshape({count * longest, heads.queries * heads.size});
   return sequences.equal ? rows : rows.index_select(0, sequences.place);
@@ -279,41 +274,12 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
 // ---- Feed-forward layers ------------------------------------------------------------------------
 
 Activation read_activation(const ConfigReader& config, const char* field, const char* otherwise) {
-  const std::string name =
-      config.one_of(field, {"relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "silu",
-                            "swish"},
-                    otherwise);
+  const std::string name = config.one_of(
+      field, {"relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "silu", "swish"},
+      otherwise);
   if (name == "relu") return Activation::relu;
   if (name == "gelu") return Activation::gelu;
   return name == "silu" || name == "swish" ? Activation::silu : Activation::gelu_tanh;
-}
-
-const char* to_string(Activation activation) {
-  switch (activation) {
-    case Activation::relu:
-      return "relu";
-    case Activation::gelu:
-      return "gelu";
-    case Activation::gelu_tanh:
-      return "gelu_tanh";
-    case Activation::silu:
-      return "silu";
-  }
-  return "unknown";
-}
-
-Tensor activate(const Tensor& x, Activation activation) {
-  switch (activation) {
-    case Activation::relu:
-      return torch::relu(x);
-    case Activation::gelu:
-      return torch::gelu(x);
-    case Activation::gelu_tanh:
-      return torch::gelu(x, "tanh");
-    case Activation::silu:
-      return torch::silu(x);
-  }
-  throw Error("unknown activation");
 }
 
 // ---- Smoothing groups ---------------------------------------------------------------------------
@@ -330,8 +296,7 @@ SmoothingGroup linear_group(const std::string& name, const nn::Linear& linear,
     std::vector<Tensor> rows;
     for (const Tensor& tensor : {linear->weight, linear->bias})
       if (tensor.defined())
-        rows.push_back(
-            tensor.detach().narrow(0, first, channels < 0 ? tensor.size(0) : channels));
+        rows.push_back(tensor.detach().narrow(0, first, channels < 0 ? tensor.size(0) : channels));
     return rows;
   };
   return {reader, Producer{name, tensors}, {reader}, std::move(source)};

@@ -24,11 +24,10 @@ std::pair<Tensor, Tensor> KeyValueCache::append(int64_t layer, const Tensor& key
   VERNIER_CHECK(total <= capacity_, "the cache has room for ", capacity_, " tokens, not for ",
                 total);
   const auto add = [&](const Tensor& all, const Tensor& added) {
-    VERNIER_CHECK(added.dim() == 4 && added.size(0) == all.size(0) &&
-                      added.size(1) == all.size(1) && added.size(2) == tokens &&
-                      added.size(3) == all.size(3),
-                  "keys or values of shape ", added.sizes(), " do not fit a cache of ",
-                  all.sizes());
+    VERNIER_CHECK(
+        added.dim() == 4 && added.size(0) == all.size(0) && added.size(1) == all.size(1) &&
+            added.size(2) == tokens && added.size(3) == all.size(3),
+        "keys or values of shape ", added.sizes(), " do not fit a cache of ", all.sizes());
     all.narrow(2, length_, tokens).copy_(added);
     return all.narrow(2, 0, total);
   };

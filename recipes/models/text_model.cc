@@ -1,6 +1,7 @@
 #include <torch/nn/functional/padding.h>
 #include <vernier/export/safetensors.h>
 #include <vernier/kernels/error.h>
+#include <vernier/qat/linear.h>
 #include <vernier/recipes/models/bert.h>
 #include <vernier/recipes/models/llama.h>
 #include <vernier/recipes/models/opt.h>
@@ -52,6 +53,7 @@ std::shared_ptr<TextModel> make_model(const CheckpointInfo& info, const TensorSh
   std::shared_ptr<TextModel> model;
   try {
     family.check(config, shapes);
+    const nn::Uninitialized parameters;  // they are loaded
     model = family.make(config);
   } catch (const Error& error) {
     throw Error(concat(where, ": ", error.what()));
@@ -91,7 +93,8 @@ std::shared_ptr<TextModel> load_folder(const fs::path& folder) {
         stored_name.emplace(family.parameter_name ? family.parameter_name(name) : name, name);
     if (!added) continue;
     std::vector<int64_t> shape = weights.info(name).shape;
-    if (family.transposed && family.transposed(item->first)) std::reverse(shape.begin(), shape.end());
+    if (family.transposed && family.transposed(item->first))
+      std::reverse(shape.begin(), shape.end());
     shapes.emplace(item->first, std::move(shape));
   }
   auto model = make_model(info, shapes, config_path.string());

@@ -40,16 +40,6 @@ class TextModel : public torch::nn::Module {
   /// while the model lives.
   virtual std::vector<SmoothingGroup> smoothing_groups() = 0;
 
-  /// A parameter's value as a Hugging Face folder lays it out, under the same name, and back: the
-  /// same tensor unless the family says otherwise. Of a linear's weight or bias, or anything else
-  /// in its shape.
-  virtual torch::Tensor to_stored(const std::string& /*name*/, const torch::Tensor& value) const {
-    return value;
-  }
-  virtual torch::Tensor from_stored(const std::string& /*name*/, const torch::Tensor& value) const {
-    return value;
-  }
-
   CheckpointInfo info;  ///< architecture, configuration, fingerprint
 };
 
