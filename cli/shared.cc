@@ -86,9 +86,11 @@ Comparison compare_on(TextModel* reference, TextModel& quantized, const TokenDat
 }
 
 std::shared_ptr<TextModel> load_quantized(const fs::path& path, torch::Device device) {
-  VERNIER_CHECK(!fs::is_directory(path), path.string(),
-                " is a folder: give a quantized checkpoint, as `vernier quantize` writes it");
   auto model = load_text_model(path);
+  VERNIER_CHECK(
+      !model->info.recipe.empty(), path.string(),
+      " is a folder in full precision: give a quantized checkpoint, as `vernier quantize` "
+      "writes it");
   model->to(device);
   set_mode(*model, Mode::full);
   set_mode(*model, Mode::integer);  // makes the weight codes anew where the model is now

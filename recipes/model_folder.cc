@@ -2,6 +2,7 @@
 #include <vernier/kernels/error.h>
 #include <vernier/qat/layer.h>
 #include <vernier/recipes/model_folder.h>
+#include <vernier/recipes/models/stored_names.h>
 
 #include <algorithm>
 #include <array>
@@ -38,6 +39,8 @@ Json read_config(const TextModel& model, const fs::path& source) {
   VERNIER_CHECK(config.is_object(),
                 source.empty() ? "the model's configuration" : (source / "config.json").string(),
                 " is not a JSON object");
+  VERNIER_CHECK(!config.contains("quantization_config"), source.string(),
+                " is quantized: give the folder of the float model");
   return config;
 }
 
@@ -156,7 +159,7 @@ ModelFolder model_folder(const TextModel& model, const fs::path& source,
     folder.tensors.push_back(
         {{name, kept, value.sizes().vec(), [=] { return converted(value, kept, name); }}, ""});
   }
-  VERNIER_CHECK(parameters.empty(), source.string(), " has no tensor '", parameters.begin()->first,
+  VERNIER_CHECK(missing.empty(), source.string(), " has no tensor '", *missing.begin(),
                 "': give the folder that the model was loaded from");
   return folder;
 }

@@ -35,6 +35,15 @@ class TextModel : public torch::nn::Module {
   /// What of the configuration changes the result but shows in no parameter, in one form whatever
   /// the configuration's own: part of the fingerprint.
   virtual std::string settings() const = 0;
+  /// A parameter's value as a Hugging Face folder lays it out, under the same name, and back: the
+  /// same tensor unless the family says otherwise. Of a linear's weight or bias, or anything else
+  /// in its shape.
+  virtual torch::Tensor to_stored(const std::string& /*name*/, const torch::Tensor& value) const {
+    return value;
+  }
+  virtual torch::Tensor from_stored(const std::string& /*name*/, const torch::Tensor& value) const {
+    return value;
+  }
 
   /// Where per-channel factors can go: every quantized layer is a reader in one group at most. Valid
   /// while the model lives.
@@ -52,11 +61,6 @@ torch::Tensor mean_pooling(const torch::Tensor& hidden, const TokenBatch& batch)
 /// tensors' shapes (before memory is taken for them), tensors are missing, left over, of the wrong
 /// shape, or hold NaN or Inf.
 std::shared_ptr<TextModel> load_text_model(const std::filesystem::path& path);
-
-/// The parameter that a tensor of a Hugging Face folder of the model's architecture is, whichever
-/// head the folder was written with; of an output layer's that is tied, the embedding's; "" where
-/// it is none.
-std::string parameter_of(const TextModel& model, const std::string& stored);
 
 /// Hash of the settings and of names, shapes and bytes of all parameters: the same model has the
 /// same fingerprint wherever it is loaded.
