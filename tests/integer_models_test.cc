@@ -26,8 +26,10 @@ struct Made {
 };
 
 Made make(const Family& family, const nlohmann::json& more) {
-  nlohmann::json config = {{"hidden_size", 64},         {"num_hidden_layers", 2},
-                           {"num_attention_heads", 4},  {"vocab_size", 50},
+  nlohmann::json config = {{"hidden_size", 64},
+                           {"num_hidden_layers", 2},
+                           {"num_attention_heads", 4},
+                           {"vocab_size", 50},
                            {"max_position_embeddings", 32}};
   config.update(more);
   return {concat(family.architecture, " ", more.dump()),
