@@ -294,7 +294,9 @@ Range lsq_range(const Histogram& histogram, const Scheme& scheme) {
   return {-bound, bound};
 }
 
-Range calibrate(const Histogram& histogram, const Scheme& scheme, const Calibrator& calibrator) {
+namespace {
+
+Range found_range(const Histogram& histogram, const Scheme& scheme, const Calibrator& calibrator) {
   switch (calibrator.method) {
     case CalibrationMethod::min_max:
       return min_max_range(histogram, scheme);
@@ -308,6 +310,17 @@ Range calibrate(const Histogram& histogram, const Scheme& scheme, const Calibrat
       return lsq_range(histogram, scheme);
   }
   throw Error("unknown calibration method");
+}
+
+}  // namespace
+
+Range calibrate(const Histogram& histogram, const Scheme& scheme, const Calibrator& calibrator) {
+  double low = calibrator.keep_low, high = calibrator.keep_high;
+  VERNIER_CHECK(low > 0 && low <= 1 && high > 0 && high <= 1,
+                "what is kept of a range must be in (0, 1], not ", low, " and ", high);
+  if (scheme.symmetric) low = high = std::max(low, high);
+  const Range found = found_range(histogram, scheme, calibrator);
+  return {static_cast<float>(found.min * low), static_cast<float>(found.max * high)};
 }
 
 }  // namespace vernier

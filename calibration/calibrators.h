@@ -20,6 +20,9 @@ enum class CalibrationMethod {
 struct Calibrator {
   CalibrationMethod method = CalibrationMethod::min_max;
   double percentile = 99.99;  ///< percentile only, in (0, 100]
+  /// What is kept of the range that the method finds, below and above zero, in (0, 1]: clipping
+  /// that a search has found to pay (smoothquant/search.h). Symmetric schemes keep the larger.
+  double keep_low = 1, keep_high = 1;
 
   bool operator==(const Calibrator&) const = default;
 };
@@ -59,7 +62,7 @@ Range entropy_range(const Histogram& histogram, const Scheme& scheme);
 /// e4m3 and e5m2.
 Range lsq_range(const Histogram& histogram, const Scheme& scheme);
 
-/// The range of a calibrator.
+/// The range of a calibrator. Throws Error when what is to be kept is outside (0, 1].
 Range calibrate(const Histogram& histogram, const Scheme& scheme, const Calibrator& calibrator);
 
 }  // namespace vernier

@@ -95,6 +95,8 @@ void write_quantizer(hdf5::File& file, const std::string& group, const std::stri
   file.set_attribute(group, prefix + "_symmetric", scheme.symmetric);
   file.set_attribute(group, prefix + "_narrow_range", scheme.narrow_range);
   file.set_attribute(group, prefix + "_dynamic", scheme.dynamic);
+  if (quantizer.pre_scale().numel() > 0)
+    write_tensor(file, group + "/" + prefix + "_pre_scale", quantizer.pre_scale());
   if (scheme.dynamic) return;
   write_tensor(file, group + "/" + prefix + "_scale", quantizer.scale().detach());
   if (const auto zero_point = quantizer.zero_point())
@@ -190,7 +192,13 @@ void write_checkpoint(const torch::nn::Module& model, const CheckpointInfo& info
   file.create_group("tensors");
   std::map<std::string, Tensor> tensors = plain_tensors(model);
   for (const auto& [name, layer] : quantized_layers(model)) {
-    if (!layer->quantized()) continue;
+    if (!layer->quantized()) {
+      VERNIER_CHECK(!layer->input_quantizer || layer->input_quantizer->pre_scale().numel() == 0,
+                    "layer '", name,
+                    "' has factors on its input but is not quantized, which a checkpoint has no "
+                    "place for: quantize it, or smooth without it");
+      continue;
+    }
     const std::string group = "layers/" + name;
     const auto* folding = dynamic_cast<const FoldsBatchNorm*>(layer.get());
     VERNIER_CHECK(!folding || !folding->batch_norm, "layer '", name,
@@ -284,6 +292,10 @@ void Checkpoint::load_into(torch::nn::Module& model) const {
                                 : "");
       if (file_.has_attribute(group, "output_bits") && !layer->output_quantizer)
         layer->quantize_output({});
+      layer->set_layer_name(name);
+      layer->set_pre_scale(file_.exists(group + "/input_pre_scale")
+                               ? read_tensor(file_, group + "/input_pre_scale")
+                               : torch::empty({0}, torch::kFloat));
       for (const auto& [what, quantizer] : layer->quantizers())
         read_quantizer(file_, group, what, *quantizer);
       check_quantizers(*layer);

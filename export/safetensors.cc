@@ -14,6 +14,7 @@
 #include <array>
 #include <bit>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -383,6 +384,11 @@ std::vector<std::string> check_layout(const fs::path& path,
   return names;
 }
 
+int64_t data_bytes(const TensorToWrite& tensor) {
+  return c10::multiply_integers(tensor.shape) *
+         static_cast<int64_t>(c10::elementSize(tensor.dtype));
+}
+
 std::string utf8_json(const std::string& text, const char* what) {
   try {
     return nlohmann::json(text).dump();
@@ -543,21 +549,46 @@ at::Tensor SafetensorsFolder::tensor(const std::string& name) const {
   return file_of(name).tensor(name);
 }
 
+TensorToWrite::TensorToWrite(std::string tensor_name, const at::Tensor& tensor)
+    : name(std::move(tensor_name)), dtype(at::kFloat) {
+  VERNIER_CHECK(tensor.defined(), "tensor ", ascii(name), " is undefined");
+  VERNIER_CHECK(tensor.layout() == at::kStrided && !tensor.is_meta(), "tensor ", ascii(name),
+                " is sparse or has no data; only dense tensors can be written");
+  dtype = tensor.scalar_type();
+  shape = tensor.sizes().vec();
+  make = [tensor] { return tensor; };
+}
+
+TensorToWrite::TensorToWrite(std::string tensor_name, at::ScalarType tensor_dtype,
+                             std::vector<int64_t> tensor_shape, std::function<at::Tensor()> maker)
+    : name(std::move(tensor_name)),
+      dtype(tensor_dtype),
+      shape(std::move(tensor_shape)),
+      make(std::move(maker)) {}
+
 void write_safetensors(const fs::path& path,
                        const std::vector<std::pair<std::string, at::Tensor>>& tensors,
                        const std::map<std::string, std::string>& metadata) {
+  std::vector<TensorToWrite> to_write;
+  try {
+    for (const auto& [name, tensor] : tensors) to_write.emplace_back(name, tensor);
+  } catch (const Error& error) {
+    throw Error(concat(path.string(), ": ", error.what()));
+  }
+  stream_safetensors(path, to_write, metadata);
+}
+
+void stream_safetensors(const fs::path& path, const std::vector<TensorToWrite>& tensors,
+                        const std::map<std::string, std::string>& metadata) {
   std::set<std::string> names;
   std::vector<const Dtype*> dtypes;
-  for (const auto& [name, tensor] : tensors) {
-    const std::string place = path.string() + ": tensor " + ascii(name);
-    VERNIER_CHECK(name != kMetadataName, place, ": the name is reserved; rename it");
-    VERNIER_CHECK(names.insert(name).second, place, ": the name is given twice; rename one");
-    VERNIER_CHECK(tensor.defined(), place, ": is undefined");
-    VERNIER_CHECK(tensor.layout() == at::kStrided && !tensor.is_meta(), place,
-                  ": is sparse or has no data; only dense tensors can be written");
-    dtypes.push_back(find_dtype(tensor.scalar_type()));
+  for (const TensorToWrite& tensor : tensors) {
+    const std::string place = path.string() + ": tensor " + ascii(tensor.name);
+    VERNIER_CHECK(tensor.name != kMetadataName, place, ": the name is reserved; rename it");
+    VERNIER_CHECK(names.insert(tensor.name).second, place, ": the name is given twice; rename one");
+    dtypes.push_back(find_dtype(tensor.dtype));
     VERNIER_CHECK(dtypes.back() != nullptr, place, ": safetensors has no dtype for ",
-                  c10::toString(tensor.scalar_type()), "; convert it");
+                  c10::toString(tensor.dtype), "; convert it");
   }
   // Where the data of each tensor goes: by element size, so that no tensor starts unaligned.
   std::vector<std::size_t> order(tensors.size());
@@ -569,7 +600,7 @@ void write_safetensors(const fs::path& path,
   int64_t end = 0;
   for (const std::size_t i : order) {
     begins[i] = end;
-    end += tensors[i].second.numel() * dtypes[i]->bytes;
+    end += data_bytes(tensors[i]);
   }
 
   std::string header = "{";
@@ -584,12 +615,12 @@ void write_safetensors(const fs::path& path,
     header += "}";
   }
   for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const auto& [name, tensor] = tensors[i];
-    header += concat(header.size() > 1 ? "," : "", utf8_json(name, "the tensor name"),
+    const TensorToWrite& tensor = tensors[i];
+    header += concat(header.size() > 1 ? "," : "", utf8_json(tensor.name, "the tensor name"),
                      ":{\"dtype\":\"", dtypes[i]->name, "\",\"shape\":[");
-    for (int64_t d = 0; d < tensor.dim(); ++d) header += concat(d > 0 ? "," : "", tensor.size(d));
-    header += concat("],\"data_offsets\":[", begins[i], ",",
-                     begins[i] + tensor.numel() * dtypes[i]->bytes, "]}");
+    for (size_t d = 0; d < tensor.shape.size(); ++d)
+      header += concat(d > 0 ? "," : "", tensor.shape[d]);
+    header += concat("],\"data_offsets\":[", begins[i], ",", begins[i] + data_bytes(tensor), "]}");
   }
   header += "}";
   header.append((8 - header.size() % 8) % 8, ' ');
@@ -602,10 +633,48 @@ void write_safetensors(const fs::path& path,
   file.write(&header_bytes, sizeof header_bytes);
   file.write(header.data(), header.size());
   for (const std::size_t i : order) {
-    const at::Tensor data = tensors[i].second.detach().to(at::kCPU).contiguous().resolve_neg();
+    const at::Tensor made = tensors[i].make();
+    VERNIER_CHECK(made.scalar_type() == tensors[i].dtype && made.sizes() == tensors[i].shape,
+                  path.string(), ": tensor ", ascii(tensors[i].name), " became ",
+                  c10::toString(made.scalar_type()), " ", made.sizes(), ", not ",
+                  c10::toString(tensors[i].dtype), " ", at::IntArrayRef(tensors[i].shape));
+    const at::Tensor data = made.detach().to(at::kCPU).contiguous().resolve_neg();
     file.write(data.const_data_ptr(), data.nbytes());
   }
   file.commit();
+}
+
+void write_safetensors_folder(const fs::path& folder, std::vector<TensorToWrite> tensors,
+                              int64_t shard_bytes) {
+  std::sort(tensors.begin(), tensors.end(),
+            [](const TensorToWrite& a, const TensorToWrite& b) { return a.name < b.name; });
+  std::vector<std::vector<TensorToWrite>> shards(1);
+  int64_t total = 0, in_shard = 0;
+  for (TensorToWrite& tensor : tensors) {
+    const int64_t bytes = data_bytes(tensor);
+    if (!shards.back().empty() && in_shard + bytes > shard_bytes) {
+      shards.emplace_back();
+      in_shard = 0;
+    }
+    in_shard += bytes;
+    total += bytes;
+    shards.back().push_back(std::move(tensor));
+  }
+  const std::map<std::string, std::string> metadata = {{"format", "pt"}};
+  if (shards.size() == 1)
+    return stream_safetensors(folder / "model.safetensors", shards.front(), metadata);
+  nlohmann::ordered_json index;
+  index["metadata"]["total_size"] = total;
+  std::map<std::string, std::string> shard_of;
+  for (size_t i = 0; i < shards.size(); ++i) {
+    std::array<char, 64> name;
+    std::snprintf(name.data(), name.size(), "model-%05zu-of-%05zu.safetensors", i + 1,
+                  shards.size());
+    stream_safetensors(folder / name.data(), shards[i], metadata);
+    for (const TensorToWrite& tensor : shards[i]) shard_of[tensor.name] = name.data();
+  }
+  index["weight_map"] = shard_of;
+  write_text_atomically(folder / "model.safetensors.index.json", index.dump(2) + "\n");
 }
 
 }  // namespace vernier

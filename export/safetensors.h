@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -84,13 +85,42 @@ class SafetensorsFolder {
   std::vector<std::string> names_;
 };
 
-/// Writes a safetensors file that appears whole or not at all (AtomicFile). Tensors may be on any
-/// device, strided or not; they are copied one at a time. The data is laid out by decreasing
-/// element size, in the given order within one size, so that every tensor is aligned.
+/// A tensor that is made when it is written, so that a model need not be in memory twice.
+struct TensorToWrite {
+  std::string name;
+  at::ScalarType dtype;
+  std::vector<int64_t> shape;
+  std::function<at::Tensor()> make;  ///< of that dtype and shape, on any device, strided or not
+
+  /// A tensor that is there.
+  TensorToWrite(std::string tensor_name, const at::Tensor& tensor);
+  TensorToWrite(std::string tensor_name, at::ScalarType tensor_dtype,
+                std::vector<int64_t> tensor_shape, std::function<at::Tensor()> maker);
+};
+
+/// Writes a safetensors file that appears whole or not at all (AtomicFile). Tensors are made and
+/// copied one at a time. The data is laid out by decreasing element size, in the given order within
+/// one size, so that every tensor is aligned.
 /// Throws Error for a duplicate or reserved (`__metadata__`) name, text that is not UTF-8, a dtype
-/// the format lacks, an undefined or sparse tensor, or a failing disk.
+/// the format lacks, an undefined or sparse tensor, one of another dtype or shape than was said, or
+/// a failing disk.
+void stream_safetensors(const std::filesystem::path& path,
+                        const std::vector<TensorToWrite>& tensors,
+                        const std::map<std::string, std::string>& metadata = {});
+/// The same of tensors that are there, on any device, strided or not.
 void write_safetensors(const std::filesystem::path& path,
                        const std::vector<std::pair<std::string, at::Tensor>>& tensors,
                        const std::map<std::string, std::string>& metadata = {});
+
+/// The largest file that Hugging Face's own tools write, by default.
+inline constexpr int64_t kShardBytes = 5'000'000'000;
+
+/// Writes tensors, sorted by name, into a folder as SafetensorsFolder reads them:
+/// `model.safetensors`, or where that would hold more than `shard_bytes` of data, shards of at most
+/// as many (a larger tensor has one of its own) and `model.safetensors.index.json`. Throws Error as
+/// write_safetensors.
+void write_safetensors_folder(const std::filesystem::path& folder,
+                              std::vector<TensorToWrite> tensors,
+                              int64_t shard_bytes = kShardBytes);
 
 }  // namespace vernier

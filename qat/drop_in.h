@@ -68,6 +68,7 @@ class DropIn : public torch::nn::Cloneable<Derived>, public QuantizedLayer {
         quantizer->load(saved);
       } else {
         quantizer->set_settings(QuantizerSettings(quantizer->settings()));
+        quantizer->set_pre_scale(quantizer->pre_scale().new_empty({0}));
       }
     }
     bool calibrated = true;

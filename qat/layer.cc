@@ -137,6 +137,7 @@ void QuantizedLayer::set_weight_codes(const Tensor& codes) {
 
 void QuantizedLayer::end_copy(const std::optional<torch::Device>& device) {
   probe_ = nullptr;
+  stand_in_ = nullptr;
   if (!weight_codes_.defined()) return;
   set_weight_codes(weight_codes_.to(device.value_or(weight_codes_.device()), torch::kChar,
                                     /*non_blocking=*/false, /*copy=*/true));
@@ -173,6 +174,11 @@ void QuantizedLayer::quantize_output(const QuantizerSettings& settings) {
     if (*other) output_quantizer->to((*other)->scale().device());
 }
 
+void QuantizedLayer::set_pre_scale(const Tensor& factors) {
+  VERNIER_CHECK(factors.numel() == 0, "layer '", layer_name_,
+                "' takes no factors on its input: only Linear does");
+}
+
 QuantizerImpl::Codes QuantizedLayer::input_codes(size_t index, const Tensor& input) const {
   const QuantizerImpl& quantizer = *quantizer_of_input(index);
   if (!is_codes(input)) return quantizer.codes(input);
@@ -188,7 +194,8 @@ QuantizerImpl::Codes QuantizedLayer::input_codes(size_t index, const Tensor& inp
 }
 
 Tensor QuantizedLayer::run(at::TensorList inputs) {
-  const Tensor output = naming(layer_name_, [&] { return run_in_mode(inputs); });
+  const Tensor output =
+      naming(layer_name_, [&] { return stand_in_ ? stand_in_(inputs) : run_in_mode(inputs); });
   if (probe_) probe_(inputs.vec(), output);
   return output;
 }
@@ -209,7 +216,10 @@ Tensor QuantizedLayer::run_in_mode(at::TensorList inputs) {
       if (QuantizerImpl* quantizer = quantizer_of_input(i); quantizer && !chained(i))
         quantizer->observe(inputs[i], input_channels().has_value());
   }
-  const Tensor output = full_forward(inputs);
+  c10::SmallVector<Tensor, 2> operands(inputs.begin(), inputs.end());
+  if (input_quantizer && !chained(0))
+    operands[0] = input_quantizer->pre_scaled(inputs[0]).to(inputs[0].scalar_type());
+  const Tensor output = full_forward(operands);
   if (observes && output_quantizer) output_quantizer->observe(output, input_channels().has_value());
   return output;
 }
@@ -358,6 +368,9 @@ void chain(const torch::nn::Module& model, const std::string& producer,
                   "a chain is of two different quantized layers of which the second has an input "
                   "to quantize, not from '",
                   producer, "'");
+    VERNIER_CHECK(to->input_quantizer->pre_scale().numel() == 0,
+                  "its input has factors of its own, which codes cannot take: chain before "
+                  "smoothing, or not at all");
     const QuantizerSettings settings = to->input_quantizer->settings();
     if (!from->emits_codes()) {
       from->quantize_output(settings);

@@ -13,6 +13,8 @@ using torch::Tensor;
 
 namespace {
 
+thread_local std::optional<torch::TensorOptions> uninitialized;
+
 // [rows, columns] as [..., columns] with the leading sizes of a tensor.
 Tensor unflatten(const Tensor& matrix, const Tensor& like) {
   std::vector<int64_t> shape = like.sizes().vec();
@@ -30,8 +32,23 @@ LinearImpl::LinearImpl(const torch::nn::LinearImpl& linear) : Foldable(linear.op
   take(linear);
 }
 
+Uninitialized::Uninitialized(const torch::TensorOptions& options)
+    : before_(std::exchange(uninitialized, options)) {}
+
+Uninitialized::~Uninitialized() { uninitialized = before_; }
+
+const std::optional<torch::TensorOptions>& Uninitialized::options() { return uninitialized; }
+
 std::shared_ptr<torch::nn::LinearImpl> LinearImpl::plain() const {
-  return std::make_shared<torch::nn::LinearImpl>(options);
+  if (!uninitialized) return std::make_shared<torch::nn::LinearImpl>(options);
+  // A small one, whose parameters give way.
+  const auto layer =
+      std::make_shared<torch::nn::LinearImpl>(torch::nn::LinearOptions(1, 1).bias(options.bias()));
+  layer->options = options;
+  layer->weight.set_data(
+      torch::empty({options.out_features(), options.in_features()}, *uninitialized));
+  if (options.bias()) layer->bias.set_data(torch::empty({options.out_features()}, *uninitialized));
+  return layer;
 }
 
 void LinearImpl::pretty_print(std::ostream& stream) const {
@@ -43,6 +60,18 @@ void LinearImpl::check_inputs(at::TensorList inputs) const {
   const Tensor& input = inputs[0];
   VERNIER_CHECK(input.dim() >= 1 && input.size(-1) == options.in_features(), "the input has shape ",
                 input.sizes(), " but the layer takes [..., ", options.in_features(), "]");
+}
+
+void LinearImpl::set_pre_scale(const Tensor& factors) {
+  VERNIER_CHECK(factors.numel() == 0 || factors.numel() == options.in_features(), "layer '",
+                layer_name(), "' has ", options.in_features(), " inputs and takes no ",
+                factors.numel(), " factors");
+  VERNIER_CHECK(factors.numel() == 0 || input_from().empty(), "layer '", layer_name(),
+                "' is given codes by '", input_from(), "', which take no factors");
+  if (factors.numel() == 0 && input_quantizer->pre_scale().numel() == 0) return;
+  set_mode(Mode::full);
+  input_quantizer->set_pre_scale(factors.to(input_quantizer->scale().device()));
+  input_quantizer->set_settings(QuantizerSettings(input_quantizer->settings()));
 }
 
 Tensor LinearImpl::compute(at::TensorList inputs, const Tensor& linear_weight,
@@ -61,19 +90,23 @@ Tensor LinearImpl::accumulators(at::TensorList codes) const {
 // no batch norm corrects the output to its batch.
 Tensor LinearImpl::fake_quant_forward(at::TensorList inputs) {
   const Scheme &input = input_quantizer->scheme(), &weights = weight_quantizer->scheme();
-  const bool fits = input_from().empty() && !input.is_fp8() && !weights.is_fp8() &&
-                    input.granularity != Granularity::per_channel &&
-                    !(batch_norm && batch_norm->uses_batch());
+  const bool fits =
+      input_from().empty() && !input.is_fp8() && !weights.is_fp8() &&
+      input.granularity != Granularity::per_channel &&
+      (input_quantizer->pre_scale().numel() == 0 || inputs[0].scalar_type() == torch::kFloat) &&
+      !(batch_norm && batch_norm->uses_batch());
   if (!fits) {
     VERNIER_CHECK(trained_product == TrainedProduct::real,
                   "codes are multiplied in training where the layer quantizes its own input, with "
-                  "integer schemes, and has no batch norm that takes the batch's statistics");
+                  "integer schemes, has no batch norm that takes the batch's statistics, and no "
+                  "factors on a half precision input");
     return Foldable::fake_quant_forward(inputs);
   }
   const Tensor used_weight = float_weight(), added = float_bias();
+  const Tensor values = input_quantizer->pre_scaled(inputs[0]);
   const TrainedLinear result = fake_quantized_linear(
-      inputs[0], used_weight, added.defined() ? std::optional(added) : std::nullopt,
-      input_quantizer->operand(inputs[0]), weight_quantizer->operand(used_weight), trained_product);
+      values, used_weight, added.defined() ? std::optional(added) : std::nullopt,
+      input_quantizer->operand(values), weight_quantizer->operand(used_weight), trained_product);
   if (result.input_scale.defined()) input_quantizer->found(result.input_scale);
   if (result.weight_scale.defined()) weight_quantizer->found(result.weight_scale);
   return output_quantizer ? output_quantizer->forward(result.output) : result.output;

@@ -104,6 +104,7 @@ void QuantizerImpl::reset() {
   scale_ = register_buffer("scale", torch::empty({0}, torch::kFloat));
   zero_point_ = register_buffer("zero_point", torch::empty({0}, torch::kInt));
   average_ = register_buffer("average", torch::empty({0}, torch::kFloat));
+  pre_scale_ = register_buffer("pre_scale", torch::empty({0}, torch::kFloat));
   register_learned();
   observer_ = std::make_shared<Observer>();
 }
@@ -178,13 +179,19 @@ void QuantizerImpl::load(torch::serialize::InputArchive& archive) {
   const bool learned_zero_point = learned && !scheme.symmetric;
   archive.read(learned_zero_point ? "learned_zero_point" : "zero_point", zero_point,
                /*is_buffer=*/!learned_zero_point);
+  Tensor factors;  // absent from older archives
+  if (!archive.try_read("pre_scale", factors, /*is_buffer=*/true))
+    factors = pre_scale_.new_empty(0);
   const bool asymmetric = zero_point.numel() > 0;
-  VERNIER_CHECK(
-      scheme.dynamic ? scale.numel() == 0 : scale.numel() > 0 && asymmetric == !scheme.symmetric,
-      "the archive's scale and zero point do not go with the scheme ", to_string(scheme));
+  const bool calibrated = scale.numel() > 0;
+  VERNIER_CHECK(scheme.dynamic ? !calibrated
+                               : (calibrated ? asymmetric == !scheme.symmetric
+                                             : !asymmetric && factors.numel() > 0),
+                "the archive's scale and zero point do not go with the scheme ", to_string(scheme));
   const torch::Device device = scale_.device();
   set_settings(settings);
-  if (scheme.dynamic) return;
+  set_pre_scale(factors.to(device));
+  if (!calibrated) return;
   if (learned) {
     // Exactly as trained, between integers too.
     VERNIER_CHECK(scale.scalar_type() == torch::kFloat &&
@@ -231,6 +238,22 @@ void QuantizerImpl::set_policy(RangePolicy policy) {
   if (scale.numel() == 0) return;
   store(scale, zero_point);
   if (policy != RangePolicy::learned) average_.set_data(average);
+}
+
+void QuantizerImpl::set_pre_scale(const Tensor& factors) {
+  VERNIER_CHECK(factors.scalar_type() == torch::kFloat && factors.dim() == 1 &&
+                    factors.isfinite().all().item<bool>() && factors.gt(0).all().item<bool>(),
+                "a pre_scale must be float32 with one dimension, finite and positive");
+  VERNIER_CHECK(factors.numel() == 0 || operand_ == Operand::activation,
+                "a pre_scale is for activations: a weight takes its factors itself");
+  pre_scale_.set_data(factors.detach().clone());
+}
+
+Tensor QuantizerImpl::pre_scaled(const Tensor& values) const {
+  if (pre_scale_.numel() == 0) return values;
+  VERNIER_CHECK(values.dim() > 0 && values.size(-1) == pre_scale_.numel(), "the pre_scale has ",
+                pre_scale_.numel(), " channels and the values are ", values.sizes());
+  return values.to(torch::kFloat) * pre_scale_;
 }
 
 std::optional<Tensor> QuantizerImpl::zero_point() const {
@@ -404,6 +427,11 @@ void QuantizerImpl::found(const Tensor& scale) {
 }
 
 Tensor QuantizerImpl::forward(const Tensor& values) {
+  // The product is not rounded to half precision before it is quantized.
+  return fake_quantized(pre_scaled(values)).to(values.scalar_type());
+}
+
+Tensor QuantizerImpl::fake_quantized(const Tensor& values) {
   const TrainedOperand used = operand(values);
   const Scheme& scheme = settings_.scheme;
   if (used.gradient_scale)
@@ -428,8 +456,9 @@ Tensor QuantizerImpl::forward(const Tensor& values) {
   return output;
 }
 
-QuantizerImpl::Codes QuantizerImpl::codes(const Tensor& values) const {
+QuantizerImpl::Codes QuantizerImpl::codes(const Tensor& given) const {
   check_calibrated();
+  const Tensor values = pre_scaled(given);
   const Scheme& scheme = settings_.scheme;
   if (scheme.dynamic && scheme.granularity == Granularity::per_token) {
     auto [codes, scale] = quantize_per_token(values, scheme);

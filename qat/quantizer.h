@@ -60,7 +60,8 @@ enum class Operand { activation, weight };
 /// moving averages. With policy learned the scale is the parameter `learned_scale`, the zero point
 /// the float32 parameter `learned_zero_point`, and the buffers are empty. The parameters are there,
 /// of no element, before calibration, and stay the same tensors, so that an optimizer can be made
-/// at any time after the policy was set. All follow the module's device and keep their dtype.
+/// at any time after the policy was set. `pre_scale` float32 [channels] multiplies the values
+/// before everything else, or is empty. All follow the module's device and keep their dtype.
 class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
  public:
   /// `axis` is that of per_channel scales.
@@ -76,7 +77,9 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   void to(torch::Dtype dtype, bool non_blocking = false) override;
   /// An uncalibrated quantizer leaves no trace in archives, so that those of float models
   /// interchange with torch::nn's.
-  bool is_serializable() const override { return settings_.scheme.dynamic || scale().numel() > 0; }
+  bool is_serializable() const override {
+    return settings_.scheme.dynamic || scale().numel() > 0 || pre_scale_.numel() > 0;
+  }
   /// Archives hold scheme and policy with the scale. Loading takes them over, whatever they were,
   /// and leaves the calibrator. Throws Error when they contradict each other.
   void save(torch::serialize::OutputArchive& archive) const override;
@@ -86,7 +89,7 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   const QuantizerSettings& settings() const { return settings_; }
   int64_t axis() const { return axis_; }
   Operand operand() const { return operand_; }
-  /// Changes the settings and forgets the scale.
+  /// Changes the settings and forgets the scale; `pre_scale` stays.
   void set_settings(const QuantizerSettings& settings);
 
   /// Changes the policy and keeps the scale: from learned to frozen the parameters become buffers,
@@ -104,6 +107,15 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   /// NaN or infinite. Makes the host wait for the GPU; forward() asks on the CPU only.
   void check_learned() const;
 
+  /// float32 [channels] along the last axis, or empty: what values are multiplied by, in float32,
+  /// before they are observed or quantized.
+  const torch::Tensor& pre_scale() const { return pre_scale_; }
+  /// For layers, whose set_pre_scale() also makes their full precision follow; empty takes it off.
+  /// Throws Error unless it is float32 of one dimension, finite and positive.
+  void set_pre_scale(const torch::Tensor& factors);
+  /// The values times `pre_scale`, float32; the values themselves where there is none.
+  torch::Tensor pre_scaled(const torch::Tensor& values) const;
+
   /// Sets the scale from one range (per_tensor) or one per channel, by the scheme.
   /// Throws Error where a range is not finite.
   void set_ranges(const std::vector<Range>& ranges, torch::Device device);
@@ -120,7 +132,7 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
 
   /// Adds a tensor to the statistics from which calibrate() chooses (Observer::observe).
   void observe(const torch::Tensor& values, bool last_axis_is_channels = true) {
-    observer_->observe(values, last_axis_is_channels);
+    observer_->observe(pre_scaled(values), last_axis_is_channels);
   }
   Observer& observer() { return *observer_; }
 
@@ -132,7 +144,7 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
 
   /// What forward() would quantize these values with, for operations that quantize and compute at
   /// once; takes moving averages on and checks as forward() does. Dynamic and following scales are
-  /// absent: found() takes them back.
+  /// absent: found() takes them back. Expects pre_scaled() values.
   TrainedOperand operand(const torch::Tensor& values);
   /// Keeps the scale that an operation found in place of forward().
   void found(const torch::Tensor& scale);
@@ -150,6 +162,7 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   CodeScale code_scale() const { return {scale().detach(), zero_point(), settings_.scheme, axis_}; }
 
  private:
+  torch::Tensor fake_quantized(const torch::Tensor& values);
   bool learns() const { return settings_.policy == RangePolicy::learned; }
   // Whether each tensor brings its own scale.
   bool finds() const {
@@ -168,6 +181,7 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   torch::Tensor scale_;
   torch::Tensor zero_point_;
   torch::Tensor average_;
+  torch::Tensor pre_scale_;
   torch::Tensor learned_scale_;
   torch::Tensor learned_zero_point_;
   std::shared_ptr<Observer> observer_ = std::make_shared<Observer>();

@@ -1,6 +1,7 @@
 #include <ATen/Parallel.h>
 #include <vernier/kernels/error.h>
 #include <vernier/recipes/calibration_run.h>
+#include <vernier/recipes/models/causal_lm.h>
 #include <vernier/recipes/recipe.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@ namespace vernier {
 namespace {
 
 constexpr int64_t kBlockSamples = 32;
+constexpr int64_t kLogitsRows = 64;
 
 // Where statistics are gathered: the quantizers of all activations.
 struct Site {
@@ -26,11 +28,24 @@ std::vector<Site> sites_of(const torch::nn::Module& model) {
   return sites;
 }
 
-void forward_all(TextModel& model, const std::vector<std::vector<int64_t>>& samples,
+// Whether a causal model's logits come out of a layer that is to be quantized.
+bool quantizes_logits(const TextModel& model) {
+  const auto* predicting = dynamic_cast<const CausalLanguageModel*>(&model);
+  if (!predicting) return false;
+  for (const auto& [name, layer] : quantized_layers(model))
+    if (name == predicting->output_layer()) return layer->quantized();
+  return false;
+}
+
+void forward_all(TextModel& model, bool to_logits, const std::vector<std::vector<int64_t>>& samples,
                  torch::Device device) {
   const auto forward = [&](int64_t i) {
     const torch::NoGradGuard no_grad;  // thread-local: each worker needs its own
-    model.forward(make_batch({samples[i]}, device));
+    const torch::Tensor hidden = model.forward(make_batch({samples[i]}, device));
+    if (!to_logits) return;
+    // Only the layer's input counts: a few rows of logits at a time.
+    for (const torch::Tensor& rows : hidden.split(kLogitsRows))
+      static_cast<CausalLanguageModel&>(model).logits(rows);
   };
   const auto count = static_cast<int64_t>(samples.size());
   if (!device.is_cpu()) {
@@ -51,8 +66,8 @@ void forward_all(TextModel& model, const std::vector<std::vector<int64_t>>& samp
 ModelStatistics plan_statistics(const TextModel& model, const TokenDataset& data, int64_t first,
                                 int64_t count) {
   VERNIER_CHECK(first >= 0 && first < data.size() && count > 0 && count <= data.size() - first,
-                data.path().string(), " has ", data.size(), " samples: ", count, " from number ",
-                first, " on are not all there");
+                data.name(), " has ", data.size(), " samples: ", count, " from number ", first,
+                " on are not all there");
   ModelStatistics statistics;
   statistics.fingerprint = model.info.fingerprint;
   statistics.data = data.fingerprint();
@@ -67,11 +82,12 @@ void collect_statistics(TextModel& model, const TokenDataset& data, ModelStatist
   const std::vector<Site> sites = sites_of(model);
   VERNIER_CHECK(!sites.empty(), "the model has no layer to calibrate");
   const torch::Device device = model.parameters().front().device();
+  const bool to_logits = quantizes_logits(model);
   const ModeGuard observing(model, Mode::observe);
   for (const Site& site : sites) site.quantizer->observer().reset();
   while (statistics.samples < statistics.planned) {
     const int64_t count = std::min(kBlockSamples, statistics.planned - statistics.samples);
-    forward_all(model,
+    forward_all(model, to_logits,
                 data.read(statistics.first_sample + statistics.samples, count, model.vocabulary(),
                           model.max_length()),
                 device);

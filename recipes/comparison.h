@@ -31,8 +31,11 @@ double embedding_sqnr(const torch::Tensor& embeddings, const torch::Tensor& refe
 struct ModeResult {
   std::optional<double> spearman;  ///< x 100; with scores only
   std::optional<double>
-      cosine_error;    ///< mean |cosine - float model's cosine|; with pairs and a float model
-  double sqnr_db = 0;  ///< of the embeddings against the float model's
+      cosine_error;  ///< mean |cosine - float model's cosine|; with pairs and a float model
+  std::optional<double> perplexity;  ///< causal language models
+  std::optional<double>
+      kl;  ///< mean divergence of the next-token distributions from the float model's, in nats
+  double sqnr_db = 0;  ///< of the embeddings, or hidden states, against the float model's
   double ms_per_sample = 0;
 };
 
@@ -42,11 +45,19 @@ struct Comparison {
   ModeResult fake_quant;
   ModeResult integer;
   ValidationReport validation;
+
+  /// Whether the validation passed (ValidationReport::passed) and, of a causal language model, the
+  /// perplexities of its two quantized modes are the same to kPerplexityTolerance.
+  bool passed(double output_tolerance) const;
 };
+
+/// Largest relative difference of the perplexities of modes integer and fake_quant.
+inline constexpr double kPerplexityTolerance = 1e-3;
 
 /// Runs every sample through `quantized` in modes fake_quant and integer and through `reference`
 /// (may be null) in full precision, batch by batch in turn, so that the times are of one and the
-/// same minutes; then validates the batch (Validator). Modes are set back. Throws Error when a
+/// same minutes; then validates the batch (Validator). Embeddings are compared, and of a causal
+/// language model the distributions of the next token. Modes are set back. Throws Error when a
 /// layer is not calibrated or the models do not fit each other.
 Comparison compare(TextModel* reference, TextModel& quantized, const TokenDataset& data,
                    int64_t batch_size, const std::function<void(int64_t done)>& progress = nullptr);

@@ -1,8 +1,11 @@
+#include <fnmatch.h>
 #include <vernier/kernels/error.h>
 #include <vernier/recipes/builtin_recipes.h>
+#include <vernier/recipes/models/causal_lm.h>
 #include <vernier/recipes/recipe.h>
 #include <yaml-cpp/yaml.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <set>
@@ -198,9 +201,21 @@ Recipe load_recipe(const std::string& name_or_path) {
   return parse_recipe(text, path.string());
 }
 
+Recipe with_defaults(const Recipe& recipe, const torch::nn::Module& model) {
+  Recipe result = recipe;
+  const auto* predicting = dynamic_cast<const CausalLanguageModel*>(&model);
+  const std::string output = predicting ? predicting->output_layer() : "";
+  const auto names_it = [&](const LayerRule& rule) {
+    return rule.match != "*" && fnmatch(rule.match.c_str(), output.c_str(), 0) == 0;
+  };
+  if (!output.empty() && std::none_of(recipe.rules.begin(), recipe.rules.end(), names_it))
+    result.skip.push_back(output);
+  return result;
+}
+
 void apply_recipe(const torch::nn::Module& model, const Recipe& recipe) {
   try {
-    apply_rules(model, recipe);
+    apply_rules(model, with_defaults(recipe, model));
   } catch (const Error& error) {
     throw Error(concat("recipe ", recipe.name, ": ", error.what()));
   }

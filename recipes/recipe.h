@@ -38,8 +38,12 @@ Recipe load_recipe(const std::string& name_or_path);
 /// The recipe written in YAML; `source` names it in errors.
 Recipe parse_recipe(const std::string& yaml, const std::string& source);
 
-/// Gives every layer its settings (apply_rules). Throws Error, naming the recipe, when a pattern of
-/// `skip` or a rule matches no layer.
+/// The recipe as it applies to a model: the layer that makes a causal language model's logits stays
+/// in full precision (`skip`) unless a rule names it. Where the embedding makes them there is none.
+Recipe with_defaults(const Recipe& recipe, const torch::nn::Module& model);
+
+/// Gives every layer its settings (apply_rules), with_defaults(). Throws Error, naming the recipe,
+/// when a pattern of `skip` or a rule matches no layer.
 void apply_recipe(const torch::nn::Module& model, const Recipe& recipe);
 
 /// Chooses all scales of a model to which a recipe was applied: weights from themselves, static

@@ -373,6 +373,49 @@ TEST_F(SafetensorsTest, RefusesToWriteWhatCannotBeRead) {
   EXPECT_TRUE(SafetensorsFile::open(path).names().empty());
 }
 
+TEST_F(SafetensorsTest, StreamsTensorsAndHoldsThemToWhatWasSaid) {
+  int made = 0;
+  const auto make = [&] {
+    ++made;
+    return at::arange(6, at::kFloat).view({3, 2}).t();
+  };
+  stream_safetensors(folder / "f", {{"lazy", at::kFloat, {2, 3}, make}, {"there", at::ones({2})}});
+  EXPECT_EQ(made, 1);
+  const SafetensorsFile file = SafetensorsFile::open(folder / "f");
+  EXPECT_TRUE(file.tensor("lazy").equal(make()));
+  const auto streaming = [&](at::ScalarType dtype, std::vector<int64_t> shape) {
+    return message_of([&] { stream_safetensors(folder / "bad", {{"x", dtype, shape, make}}); });
+  };
+  EXPECT_CONTAINS(streaming(at::kHalf, {2, 3}), "tensor x became Float [2, 3], not Half [2, 3]");
+  EXPECT_CONTAINS(streaming(at::kFloat, {3, 2}), "tensor x became");
+  EXPECT_EQ(folder.entries(), 1u);
+}
+
+TEST_F(SafetensorsTest, WritesShardsThatTheFolderReads) {
+  const at::Tensor small = at::arange(10, at::kFloat), large = at::arange(30, at::kFloat);
+  const std::vector<TensorToWrite> tensors = {
+      {"d", small}, {"b", large}, {"a", small}, {"c", small.to(at::kHalf)}, {"e", small}};
+  const auto check = [&](const fs::path& path, const std::vector<std::string>& files) {
+    fs::create_directory(path);
+    write_safetensors_folder(path, tensors, 100);
+    for (const std::string& name : files) EXPECT_TRUE(fs::exists(path / name)) << name;
+    const SafetensorsFolder read = SafetensorsFolder::open(path);
+    EXPECT_EQ(read.names(), (std::vector<std::string>{"a", "b", "c", "d", "e"}));
+    for (const TensorToWrite& tensor : tensors)
+      EXPECT_TRUE(read.tensor(tensor.name).equal(tensor.make())) << tensor.name;
+    for (const SafetensorsFile& file : read.files()) EXPECT_EQ(file.metadata().at("format"), "pt");
+  };
+  // 40 bytes; 120, more than a shard and so alone; 20 + 40 + 40 fill the third to the brim.
+  check(folder / "shards", {"model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
+                            "model-00003-of-00003.safetensors", "model.safetensors.index.json"});
+  EXPECT_CONTAINS(read_bytes(folder / "shards/model.safetensors.index.json"),
+                  "\"total_size\": 260");
+  fs::create_directory(folder / "one");
+  write_safetensors_folder(folder / "one", tensors);
+  EXPECT_EQ(SafetensorsFolder::open(folder / "one").files().size(), 1u);
+  EXPECT_FALSE(fs::exists(folder / "one/model.safetensors.index.json"));
+}
+
 TEST_F(SafetensorsTest, AFullDiskLeavesTheOldFile) {
   write_safetensors(folder / "f", {{"a", at::ones({1})}});
   const std::string before = read_bytes(folder / "f");

@@ -1,6 +1,7 @@
 #include <torch/nn/functional/padding.h>
 #include <vernier/export/safetensors.h>
 #include <vernier/kernels/error.h>
+#include <vernier/qat/linear.h>
 #include <vernier/recipes/models/bert.h>
 #include <vernier/recipes/models/gpt2.h>
 #include <vernier/recipes/models/gpt_neox.h>
@@ -54,6 +55,7 @@ std::shared_ptr<TextModel> make_model(const CheckpointInfo& info, const TensorSh
   std::shared_ptr<TextModel> model;
   try {
     family.check(config, shapes);
+    const nn::Uninitialized parameters;  // they are loaded
     model = family.make(config);
   } catch (const Error& error) {
     throw Error(concat(where, ": ", error.what()));

@@ -36,10 +36,6 @@ class TextModel : public torch::nn::Module {
   /// the configuration's own: part of the fingerprint.
   virtual std::string settings() const = 0;
 
-  /// Where per-channel factors can go: every quantized layer is a reader in one group at most.
-  /// Valid while the model lives.
-  virtual std::vector<SmoothingGroup> smoothing_groups() = 0;
-
   /// A parameter's value as a Hugging Face folder lays it out, under the same name, and back: the
   /// same tensor unless the family says otherwise. Of a linear's weight or bias, or anything else
   /// in its shape.
@@ -49,6 +45,10 @@ class TextModel : public torch::nn::Module {
   virtual torch::Tensor from_stored(const std::string& /*name*/, const torch::Tensor& value) const {
     return value;
   }
+
+  /// Where per-channel factors can go: every quantized layer is a reader in one group at most.
+  /// Valid while the model lives.
+  virtual std::vector<SmoothingGroup> smoothing_groups() = 0;
 
   CheckpointInfo info;  ///< architecture, configuration, fingerprint
 };
