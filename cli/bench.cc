@@ -114,8 +114,8 @@ void add_bench(CLI::App& app, Action& action) {
                       "what to measure (default: all): " + names_of_works());
   command
       ->add_option("--shape", options->shapes,
-                   "MxKxN for matrix products, MxK for works on one tensor, in place of the "
-                   "default ones; may be given more than once")
+                   "MxKxN for matrix products, MxK for works on one tensor (prefill: sequences x "
+                   "tokens), in place of the default ones; may be given more than once")
       ->allow_extra_args(false);
   command->add_option("--plot", options->plot, "write SVG pictures into this folder");
   command->add_flag("--quick", options->quick, "fewer shapes, and the fewest repetitions");

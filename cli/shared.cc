@@ -133,9 +133,12 @@ std::shared_ptr<TextModel> load_model(const fs::path& path, torch::Device device
 }
 
 std::shared_ptr<TextModel> load_quantized(const fs::path& path, torch::Device device) {
-  VERNIER_CHECK(!fs::is_directory(path), path.string(),
-                " is a folder: give a quantized checkpoint, as `vernier quantize` writes it");
-  return load_model(path, device);
+  auto model = load_model(path, device);
+  VERNIER_CHECK(
+      !model->info.recipe.empty(), path.string(),
+      " is a folder in full precision: give a quantized checkpoint, as `vernier quantize` "
+      "writes it");
+  return model;
 }
 
 std::shared_ptr<TextModel> load_reference(const fs::path& path, const TextModel& quantized,

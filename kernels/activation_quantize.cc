@@ -16,6 +16,15 @@ bool holds_both(bool gated, const OptionalTensor& up) {
   return gated && !up.has_value();
 }
 
+// Elements from a row of [..., C] to the next; absent where rows do not follow each other evenly.
+std::optional<int64_t> row_stride_of(const Tensor& x) {
+  if (x.is_contiguous()) return columns_of(x);
+  if (x.dim() < 2 || x.stride(-1) != 1) return std::nullopt;
+  for (int64_t i = x.dim() - 2; i > 0; --i)
+    if (x.stride(i - 1) != x.stride(i) * x.size(i)) return std::nullopt;
+  return x.stride(-2);
+}
+
 Results activation_quantize_kernel(const Tensor& input, std::string_view activation,
                                    const OptionalTensor& up, bool gated,
                                    const OptionalTensor& scale, const OptionalTensor& zero_point,
@@ -28,20 +37,27 @@ Results activation_quantize_kernel(const Tensor& input, std::string_view activat
   const PreparedRowCodes p(
       input, both ? width / 2 : width,
       row_quantization(scale, zero_point, pre_scale, bits, narrow_range, layout, with_output));
-  const Tensor x = input.contiguous();
-  Tensor factors;
+  Tensor x = input, factors;
+  if (up) {
+    check_tensor(*up, "up", input.scalar_type(), input);
+    VERNIER_CHECK(up->sizes() == input.sizes(), "up has shape ", up->sizes(), " but the gate has ",
+                  input.sizes());
+    factors = *up;
+  }
+  std::optional<int64_t> stride = row_stride_of(x);
+  if (!stride || (up && row_stride_of(factors) != stride)) {
+    x = x.contiguous();
+    if (up) factors = factors.contiguous();
+    stride = width;
+  }
   ActivationQuantizeArguments arguments;
   arguments.codes = p.raw;
   arguments.activation = activation_from_string(std::string(activation));
   arguments.input = x.const_data_ptr();
-  arguments.row_stride = width;
+  arguments.row_stride = *stride;
   if (both) {
     arguments.up = static_cast<const char*>(arguments.input) + p.raw.columns * x.element_size();
   } else if (up) {
-    check_tensor(*up, "up", input.scalar_type(), input);
-    VERNIER_CHECK(up->sizes() == input.sizes(), "up has shape ", up->sizes(), " but the gate has ",
-                  input.sizes());
-    factors = up->contiguous();
     arguments.up = factors.const_data_ptr();
   }
   on_device_of(

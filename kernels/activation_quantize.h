@@ -18,9 +18,9 @@ RowCodesResult activation_quantize(const at::Tensor& input, Activation activatio
                                    const RowQuantization& quantization);
 
 /// Codes of activation(gate) * up, one float32 rounding after the activation (SwiGLU, GeGLU:
-/// Shazeer 2020, arXiv 2002.05202). gate and up of one shape [..., C] and dtype; without `up`,
-/// `gate` is
-/// [..., 2 C] and holds both, up behind gate.
+/// Shazeer 2020, arXiv 2002.05202). gate and up of one shape [..., C] and dtype, which may be
+/// slices of the columns of one matrix; without `up`, `gate` is [..., 2 C] and holds both, up
+/// behind gate.
 RowCodesResult gated_activation_quantize(const at::Tensor& gate,
                                          const std::optional<at::Tensor>& up, Activation activation,
                                          const RowQuantization& quantization);

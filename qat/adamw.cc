@@ -54,6 +54,8 @@ FusedAdamW::FusedAdamW(const torch::nn::Module& model, const AdamWSettings& sett
     VERNIER_CHECK(parameter.device() == model.parameters().front().device(), "parameter '",
                   item.key(), "' is on ", parameter.device(), " and others on ",
                   model.parameters().front().device(), ": move the model to one device");
+    // Moments and gradients lie as their tensor does, element for element.
+    if (!parameter.is_contiguous()) parameter.set_data(parameter.detach().contiguous());
     if (ranges.count(parameter.unsafeGetTensorImpl())) continue;
     (parameter.dim() >= 2 ? matrices : vectors).push_back(parameter);
   }

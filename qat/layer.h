@@ -76,6 +76,8 @@ class QuantizedLayer {
   /// come without it.
   using StandIn = std::function<torch::Tensor(at::TensorList inputs)>;
   void set_stand_in(StandIn stand_in) { stand_in_ = std::move(stand_in); }
+  /// Whether there is a probe or a stand-in, which want the layer's own forward.
+  bool is_watched() const { return probe_ || stand_in_; }
 
   /// Full-precision weight, as it is quantized; undefined where there is none.
   virtual torch::Tensor float_weight() const { return {}; }
@@ -84,6 +86,12 @@ class QuantizedLayer {
   /// Codes in the weight's shape, int8, float8_e4m3fn or float8_e5m2; undefined before integer
   /// mode.
   const torch::Tensor& weight_codes() const { return weight_codes_; }
+  /// Sums of int8 codes over all axes but the channels', int32, one a channel: for asymmetric
+  /// inputs. Undefined where there are no such codes.
+  const torch::Tensor& weight_sum() const { return weight_sum_; }
+  /// Keeps the codes in `same`, a part of a tensor that several layers share and which holds them
+  /// already.
+  void keep_weight_codes_in(const torch::Tensor& same) { weight_codes_ = same; }
   /// Takes codes from a checkpoint; the float weight becomes their real values.
   virtual void load_weight_codes(const torch::Tensor& codes);
 
@@ -160,7 +168,6 @@ class QuantizedLayer {
 
   /// Called when the weight's codes are there, or have become others: for other forms of them.
   virtual void weight_codes_changed() {}
-  const torch::Tensor& weight_sum() const { return weight_sum_; }
   /// To be called on a copy: gives it codes of its own, on `device` where there is one, and takes
   /// the probe off.
   void end_copy(const std::optional<torch::Device>& device);
@@ -176,7 +183,7 @@ class QuantizedLayer {
   Probe probe_;
   StandIn stand_in_;
   torch::Tensor weight_codes_;
-  torch::Tensor weight_sum_;  // int32, one a channel: sums of int8 codes, for asymmetric inputs
+  torch::Tensor weight_sum_;
   bool emits_codes_ = false;
   std::string input_from_;
 };

@@ -13,6 +13,8 @@ using torch::Tensor;
 
 namespace {
 
+thread_local std::optional<torch::TensorOptions> uninitialized;
+
 // [rows, columns] as [..., columns] with the leading sizes of a tensor.
 Tensor unflatten(const Tensor& matrix, const Tensor& like) {
   std::vector<int64_t> shape = like.sizes().vec();
@@ -30,8 +32,23 @@ LinearImpl::LinearImpl(const torch::nn::LinearImpl& linear) : Foldable(linear.op
   take(linear);
 }
 
+Uninitialized::Uninitialized(const torch::TensorOptions& options)
+    : before_(std::exchange(uninitialized, options)) {}
+
+Uninitialized::~Uninitialized() { uninitialized = before_; }
+
+const std::optional<torch::TensorOptions>& Uninitialized::options() { return uninitialized; }
+
 std::shared_ptr<torch::nn::LinearImpl> LinearImpl::plain() const {
-  return std::make_shared<torch::nn::LinearImpl>(options);
+  if (!uninitialized) return std::make_shared<torch::nn::LinearImpl>(options);
+  // A small one, whose parameters give way.
+  const auto layer =
+      std::make_shared<torch::nn::LinearImpl>(torch::nn::LinearOptions(1, 1).bias(options.bias()));
+  layer->options = options;
+  layer->weight.set_data(
+      torch::empty({options.out_features(), options.in_features()}, *uninitialized));
+  if (options.bias()) layer->bias.set_data(torch::empty({options.out_features()}, *uninitialized));
+  return layer;
 }
 
 void LinearImpl::pretty_print(std::ostream& stream) const {

@@ -49,4 +49,21 @@ class LinearImpl : public Foldable<LinearImpl, torch::nn::LinearImpl> {
 
 TORCH_MODULE(Linear);
 
+/// While it lives, linear layers that the thread makes have parameters in memory that nobody wrote
+/// to, with these options (dtype, device): for large models whose parameters are to be loaded, or
+/// drawn elsewhere.
+class Uninitialized {
+ public:
+  explicit Uninitialized(const torch::TensorOptions& options = torch::kFloat);
+  ~Uninitialized();
+  Uninitialized(const Uninitialized&) = delete;
+  Uninitialized& operator=(const Uninitialized&) = delete;
+
+  /// The options of the one that lives on this thread; absent where none does.
+  static const std::optional<torch::TensorOptions>& options();
+
+ private:
+  std::optional<torch::TensorOptions> before_;
+};
+
 }  // namespace vernier::nn

@@ -90,8 +90,9 @@ int64_t windows_at_a_time(CausalLanguageModel& model, const WindowOptions& optio
 class Decoder {
  public:
   // Room for `length` tokens of each text.
-  Decoder(CausalLanguageModel& model, int64_t texts, int64_t length, const Sampling& sampling)
-      : model_(model), sampling_(sampling), cache_(model.make_cache(texts, length)) {}
+  Decoder(CausalLanguageModel& model, int64_t texts, int64_t length, const Sampling& sampling,
+          CacheFormat cache = CacheFormat::full)
+      : model_(model), sampling_(sampling), cache_(model.make_cache(texts, length, cache)) {}
 
   // Reads the next tokens of every text, int64 [texts, count], and chooses the one after them.
   Tensor next(const Tensor& tokens, const Tensor& uniform) {
@@ -209,7 +210,7 @@ Generation generate(CausalLanguageModel& model, const std::vector<std::vector<in
     for (const int64_t i : texts) members.push_back(prompts[i]);
     const Tensor uniform = uniform_numbers(options.seed, texts, options.max_tokens, device);
     Decoder decoder(model, count, static_cast<int64_t>(members.front().size()) + options.max_tokens,
-                    options.sampling);
+                    options.sampling, options.cache);
 
     auto start = Clock::now();
     std::vector<Tensor> chosen = {

@@ -82,7 +82,7 @@ TEST(CliBench, ReportsEveryWorkWithItsBaseline) {
     if (implementation == "vernier") ours.insert(work);
   }
   for (const char* work : {"w8a8_gemm", "w8a8_int8_out", "quantize_gemm", "fake_quantize",
-                           "quantize", "histogram", "qat_linear", "qat_block"})
+                           "quantize", "histogram", "qat_linear", "qat_block", "prefill"})
     EXPECT_TRUE(ours.contains(work)) << work;
 }
 
@@ -116,6 +116,17 @@ TEST(CliBench, TakesTheBeginningOfSeveralNames) {
        {"plain bf16", "vernier", "vernier, learned scales", "vernier, following weights",
         "vernier, int8 forward", "vernier, one by one", "torch fake_quantize"})
     EXPECT_TRUE(ours.contains(name)) << name;
+}
+
+TEST(CliBench, ReadsPrompts) {
+  const Json json = run_json(bench({"prefill", "--shape", "3x17"}));
+  EXPECT_FALSE(json.contains("failures")) << json["failures"];
+  std::set<std::string> implementations;
+  for (const Json& row : json["rows"]) {
+    implementations.insert(row["implementation"]);
+    EXPECT_NEAR(row["tokens_a_second"].get<double>() * row["us"].get<double>(), 3 * 17 * 1e6, 1e5);
+  }
+  EXPECT_EQ(implementations, (std::set<std::string>{"bf16", "vernier", "vernier, per token"}));
 }
 
 TEST(CliBench, DrawsAndPrints) {

@@ -137,10 +137,10 @@ GroupedBars tops_chart(const Report& report) {
   return chart;
 }
 
-// What training steps need of the GPU's memory, in units of the plain layers' step.
+// What steps of a model need of the GPU's memory, in units of the plain layers' step.
 GroupedBars memory_chart(const Report& report) {
   GroupedBars chart;
-  chart.title = "Training steps: memory needed at most";
+  chart.title = "Steps of a model: memory needed at most";
   chart.subtitle = where_and_when(report);
   chart.unit = "times the plain step's";
   std::map<std::string, double> plain;  // by work and shape

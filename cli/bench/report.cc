@@ -23,8 +23,8 @@ std::string first_line(const std::exception& error) {
 
 constexpr double kReplayUs = 2000;
 constexpr double kReplayUsOnCpu = 500;
-// Of training steps: long enough for the GPU to settle at the clock that the power they need leaves
-// it, whatever ran before.
+// Of steps of a model: long enough for the GPU to settle at the clock that the power they need
+// leaves it, whatever ran before.
 constexpr double kLaunchedUs = 20000;
 
 // What a call needs of the GPU's memory at most, beyond what was there before it and with its
@@ -79,11 +79,11 @@ void run_case(const Place& place, const Work& work, Shape shape, const Effort& e
         continue;
       }
       implementation.check = nullptr;  // and the reference that it holds
-      timed.push_back(c.training ? make_launched(place, implementation.run, c.sets,
+      timed.push_back(c.launched ? make_launched(place, implementation.run, c.sets,
                                                  place.cuda() ? kLaunchedUs : target_us)
                                  : make_timed(place, implementation.run, c.sets, target_us));
       implementations.push_back(&implementation);
-      if (!timed.back()->captured() && !c.training)
+      if (!timed.back()->captured() && !c.launched)
         cli::note(name + ": timed without a CUDA graph");
     } catch (const std::exception& error) {
       // A peer may not be able to do everything. Ours has to, and so has the baseline.
@@ -111,7 +111,8 @@ void run_case(const Place& place, const Work& work, Shape shape, const Effort& e
     row.us = us[i];
     if (c.operations > 0) row.tops = c.operations / us[i] * 1e-6;
     if (c.bytes > 0) row.gbs = c.bytes / us[i] * 1e-3;
-    if (c.training) row.peak_mib = peak_mib(place, implementations[i]->run);
+    if (c.tokens > 0) row.tokens_a_second = c.tokens / us[i] * 1e6;
+    if (c.launched) row.peak_mib = peak_mib(place, implementations[i]->run);
     if (baseline) row.speedup = *baseline / us[i];
     if (row.implementation == kVernier) ours = row.speedup;
     std::vector<std::unique_ptr<Timed>> steps;
@@ -152,6 +153,7 @@ nlohmann::ordered_json to_json(const Report& report) {
     item["us"] = rounded(row.us);
     if (row.tops) item["tops"] = rounded(*row.tops);
     if (row.gbs) item["gbs"] = rounded(*row.gbs);
+    if (row.tokens_a_second) item["tokens_a_second"] = std::round(*row.tokens_a_second);
     if (row.peak_mib) item["peak_mib"] = rounded(*row.peak_mib);
     item["speedup"] = row.speedup ? nlohmann::ordered_json(rounded(*row.speedup)) : nullptr;
     for (const auto& [step, us] : row.steps) item["steps_us"][step] = rounded(us);
@@ -174,18 +176,25 @@ void print(const Report& report) {
     text += kEighths[eighths % 8];
     return text + std::string(static_cast<size_t>(kCells - (eighths + 7) / 8), ' ');
   };
-  std::vector<std::vector<std::string>> table = {
-      {"work and implementation", "us", "TOPS", "GB/s", "peak MiB", "speed-up", ""}};
+  std::vector<std::vector<std::string>> table;
+  const bool reads = std::any_of(report.rows.begin(), report.rows.end(),
+                                 [](const Row& row) { return row.tokens_a_second.has_value(); });
+  const auto add = [&](std::vector<std::string> cells, const std::string& tokens) {
+    if (reads) cells.insert(cells.begin() + 2, tokens);
+    table.push_back(std::move(cells));
+  };
+  add({"work and implementation", "us", "TOPS", "GB/s", "peak MiB", "speed-up", ""}, "tokens/s");
   const Row* before = nullptr;
   for (const Row& row : report.rows) {
     if (!before || before->work != row.work || before->shape != row.shape)
       table.push_back({row.work + " " + row.shape});
-    table.push_back({"  " + row.implementation, cli::fixed(row.us, row.us < 1000 ? 2 : 1),
-                     row.tops ? cli::fixed(*row.tops, *row.tops < 10 ? 2 : 1) : "",
-                     row.gbs ? cli::fixed(*row.gbs, *row.gbs < 100 ? 1 : 0) : "",
-                     row.peak_mib ? cli::fixed(*row.peak_mib, 1) : "",
-                     row.speedup ? cli::fixed(*row.speedup, 2) + "x" : "",
-                     row.speedup ? bar(*row.speedup) : ""});
+    add({"  " + row.implementation, cli::fixed(row.us, row.us < 1000 ? 2 : 1),
+         row.tops ? cli::fixed(*row.tops, *row.tops < 10 ? 2 : 1) : "",
+         row.gbs ? cli::fixed(*row.gbs, *row.gbs < 100 ? 1 : 0) : "",
+         row.peak_mib ? cli::fixed(*row.peak_mib, 1) : "",
+         row.speedup ? cli::fixed(*row.speedup, 2) + "x" : "",
+         row.speedup ? bar(*row.speedup) : ""},
+        row.tokens_a_second ? cli::grouped(std::llround(*row.tokens_a_second)) : "");
     before = &row;
   }
   cli::print_table(table);

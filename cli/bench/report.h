@@ -17,7 +17,8 @@ struct Row {
   std::string implementation;
   double us = 0;
   std::optional<double> tops, gbs;
-  std::optional<double> peak_mib;  ///< of a training step: the most memory it needs at a time
+  std::optional<double> tokens_a_second;
+  std::optional<double> peak_mib;  ///< of a step of a model: the most memory it needs at a time
   std::optional<double> speedup;   ///< over the baseline of the same run
   std::vector<std::pair<std::string, double>> steps;  ///< microseconds of its parts, each alone
 };
@@ -42,7 +43,7 @@ void print(const Report& report);
 
 /// Writes the pictures into an existing folder and returns their names: the speed-up by shape of
 /// every work, the time breakdown of quantize_gemm, what was reached of the hardware's roof, the
-/// memory of training steps.
+/// memory of steps of a model.
 std::vector<std::string> write_pictures(const Report& report, const std::filesystem::path& folder);
 
 }  // namespace vernier::bench

@@ -160,7 +160,7 @@ std::function<std::string(const Tensors&)> check_against(const Run& composition,
 Case case_of(const std::shared_ptr<const Training>& t, double operations) {
   Case c;
   c.operations = operations;
-  c.training = true;
+  c.launched = true;
   const auto add = [&](const std::string& name, RangePolicy inputs, RangePolicy weights,
                        TrainedProduct product) {
     const auto ours = std::make_shared<QuantizedLayers>(*t->layers, inputs, weights, product);

@@ -53,7 +53,7 @@ const std::vector<Shape>& Work::default_shapes(const Place& place, bool quick) c
 const std::vector<Work>& works() {
   static const std::vector<Work> all = [] {
     std::vector<Work> list = gemm_works();
-    for (const auto& more : {memory_works(), training_works()})
+    for (const auto& more : {memory_works(), training_works(), inference_works()})
       list.insert(list.end(), more.begin(), more.end());
     return list;
   }();

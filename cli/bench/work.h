@@ -11,7 +11,7 @@
 namespace vernier::bench {
 
 /// Sizes of a work: activations [m, k] times weights [n, k]; n is 0 for a work on one [m, k]
-/// tensor.
+/// tensor, as tokens are.
 struct Shape {
   int64_t m = 0, k = 0, n = 0;
 
@@ -51,8 +51,9 @@ struct Case {
   int64_t sets = 1;       ///< input sets that the calls rotate over
   double operations = 0;  ///< multiplications and additions of a call; 0: bound by memory
   double bytes = 0;       ///< that a call has to move at least
-  /// Calls are training steps: timed as a loop launches them, and their memory is measured.
-  bool training = false;
+  double tokens = 0;      ///< that a call reads; 0: no text
+  /// Calls are whole steps of a model: timed as a loop launches them, and their memory is measured.
+  bool launched = false;
   /// The first one is the baseline of the speed-up.
   std::vector<Implementation> implementations;
   /// Peers that could not be set up, and why.
@@ -86,10 +87,11 @@ struct Work {
   const std::vector<Shape>& default_shapes(const Place& place, bool quick) const;
 };
 
-/// All of them: matrix products, works bound by memory, training steps.
+/// All of them: matrix products, works bound by memory, training steps, inference.
 const std::vector<Work>& works();
 std::vector<Work> gemm_works();
 std::vector<Work> memory_works();
 std::vector<Work> training_works();
+std::vector<Work> inference_works();
 
 }  // namespace vernier::bench

@@ -45,9 +45,9 @@ BertConfig read_config(const nlohmann::json& json) {
 // "LayerNorm".
 struct Embeddings : torch::nn::Module {
   explicit Embeddings(const BertConfig& c) {
-    words = register_module("word_embeddings", torch::nn::Embedding(c.vocabulary, c.hidden));
-    positions = register_module("position_embeddings", torch::nn::Embedding(c.positions, c.hidden));
-    types = register_module("token_type_embeddings", torch::nn::Embedding(c.types, c.hidden));
+    words = register_module("word_embeddings", embedding(c.vocabulary, c.hidden));
+    positions = register_module("position_embeddings", embedding(c.positions, c.hidden));
+    types = register_module("token_type_embeddings", embedding(c.types, c.hidden));
     norm = register_module("LayerNorm", make_layer_norm(c.hidden, c.epsilon));
   }
 
@@ -110,7 +110,7 @@ struct Intermediate : torch::nn::Module {
     dense = register_module("dense", nn::Linear(c.hidden, c.intermediate));
   }
 
-  Tensor forward(const Tensor& x) { return activate(dense(x), activation); }
+  Tensor forward(const Tensor& x) { return activated(dense(x), activation); }
 
   Activation activation;
   nn::Linear dense{nullptr};

@@ -1,6 +1,6 @@
-#include <torch/nn/functional/activation.h>
 #include <torch/utils.h>
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/rotary.h>
 #include <vernier/recipes/models/blocks.h>
 
 #include <algorithm>
@@ -76,17 +76,23 @@ Tensor Sequences::add_rows(const Tensor& x, const Tensor& table) const {
   return equal ? (x.view({count, longest, -1}) + rows).view_as(x) : x + rows;
 }
 
+// ---- Embeddings ---------------------------------------------------------------------------------
+
+torch::nn::Embedding embedding(int64_t rows, int64_t size) {
+  torch::nn::EmbeddingOptions options(rows, size);
+  if (const auto& uninitialized = nn::Uninitialized::options())
+    options._weight(torch::empty({rows, size}, *uninitialized));
+  return torch::nn::Embedding(options);
+}
+
 // ---- Norms --------------------------------------------------------------------------------------
 
 RMSNormImpl::RMSNormImpl(int64_t size, double norm_epsilon) : epsilon(norm_epsilon) {
   weight = register_parameter("weight", torch::ones({size}));
 }
 
-Tensor RMSNormImpl::forward(const Tensor& x) {
-  if (x.scalar_type() == weight.scalar_type())
-    return torch::rms_norm(x, weight.sizes(), weight, epsilon);
-  return torch::rms_norm(x.to(torch::kFloat), weight.sizes(), weight.to(torch::kFloat), epsilon)
-      .to(x.scalar_type());
+Norm norm_of(const torch::nn::LayerNorm& layer_norm) {
+  return {layer_norm->weight, layer_norm->bias, layer_norm->options.eps(), /*centered=*/true};
 }
 
 // ---- Rotary embeddings --------------------------------------------------------------------------
@@ -173,10 +179,10 @@ Tensor frequencies(const RotarySettings& settings) {
 
 }  // namespace
 
-Rotary::Angles Rotary::tables(torch::Device device, torch::Dtype dtype, int64_t positions) {
+Rotary::Angles Rotary::tables(torch::Device device, int64_t positions) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = std::find_if(tables_.begin(), tables_.end(), [&](const Angles& table) {
-    return table.cosine.device() == device && table.cosine.scalar_type() == dtype;
+    return table.cosine.device() == device;
   });
   if (found != tables_.end() && found->cosine.size(0) >= positions) return *found;
   const c10::InferenceMode no_inference(false);  // training may use them as well
@@ -184,11 +190,7 @@ Rotary::Angles Rotary::tables(torch::Device device, torch::Dtype dtype, int64_t 
   const int64_t rows =
       std::min(positions_, std::max<int64_t>(512, std::bit_ceil(static_cast<uint64_t>(positions))));
   const Tensor angles = torch::arange(rows, torch::kFloat).unsqueeze(1) * frequencies(settings_);
-  const Tensor cosine = angles.cos(), sine = angles.sin();
-  const auto finish = [&](const Tensor& left, const Tensor& right) {
-    return torch::cat({left, right}, 1).to(dtype).to(device);
-  };
-  const Angles made = {finish(cosine, cosine), finish(-sine, sine)};
+  const Angles made = {angles.cos().to(device), angles.sin().to(device)};
   if (found == tables_.end())
     tables_.push_back(made);
   else
@@ -196,21 +198,21 @@ Rotary::Angles Rotary::tables(torch::Device device, torch::Dtype dtype, int64_t 
   return made;
 }
 
-Rotary::Angles Rotary::angles(const Sequences& sequences, torch::Device device,
-                              torch::Dtype dtype) {
-  const Angles table = tables(device, dtype, sequences.past + sequences.longest);
-  return {sequences.rows_of(table.cosine).unsqueeze(1), sequences.rows_of(table.sine).unsqueeze(1)};
+Rotary::Angles Rotary::angles(const Sequences& sequences, torch::Device device) {
+  const Angles table = tables(device, sequences.past + sequences.longest);
+  return {sequences.rows_of(table.cosine), sequences.rows_of(table.sine)};
 }
 
-Tensor Rotary::rotate(const Tensor& x, const Angles& angles, const Sequences& sequences) {
-  const int64_t size = angles.cosine.size(-1), head_size = x.size(-1);
-  const Tensor whole =
-      sequences.equal ? x.view({sequences.count, sequences.longest, x.size(1), head_size}) : x;
-  const Tensor part = size == head_size ? whole : whole.narrow(-1, 0, size);
-  // The other half of each pair, with the sign that the sines carry.
-  const Tensor rotated = torch::addcmul(part * angles.cosine, part.roll(size / 2, -1), angles.sine);
-  if (size == head_size) return rotated.view_as(x);
-  return torch::cat({rotated, whole.narrow(-1, size, head_size - size)}, -1).view_as(x);
+Tensor Rotary::rotate(const Tensor& x, const Angles& angles) {
+  if (x.scalar_type() != torch::kDouble) return rotary_embedding(x, angles.cosine, angles.sine);
+  // What the kernel does not have.
+  const int64_t half = angles.cosine.size(1), copies = x.size(0) / angles.cosine.size(0);
+  const auto of_heads = [&](const Tensor& table) { return table.repeat({copies, 1}).unsqueeze(1); };
+  const Tensor cosine = of_heads(angles.cosine), sine = of_heads(angles.sine);
+  const Tensor first = x.narrow(2, 0, half), second = x.narrow(2, half, half);
+  return torch::cat({first * cosine - second * sine, second * cosine + first * sine,
+                     x.narrow(2, 2 * half, x.size(2) - 2 * half)},
+                    2);
 }
 
 // ---- Attention ----------------------------------------------------------------------------------
@@ -243,8 +245,17 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
                                                 k, v)
                 .reshape({count, heads.queries, 1, heads.size});
   } else {
-    // The kernels of half precision take shared keys as they are, others would leave the fast path.
-    const bool native = q.is_cuda() && q.scalar_type() != torch::kFloat;
+    // What lies in the gaps comes after all tokens of a sequence, so that a causal mask hides it.
+    std::optional<Tensor> mask;
+    if (!causal && !sequences.equal)
+      mask = torch::zeros({count * longest}, q.options().dtype(torch::kBool))
+                 .index_fill_(0, sequences.place, true)
+                 .view({count, 1, 1, longest});
+    else if (causal && sequences.past > 0)
+      mask = torch::ones({longest, all}, q.options().dtype(torch::kBool)).tril(sequences.past);
+    // Kernels of half precision without a mask take shared keys as they are; the others would give
+    // way to the slow path.
+    const bool native = q.is_cuda() && q.scalar_type() != torch::kFloat && !mask;
     if (shared > 1 && !native) {
       const auto repeat = [&](const Tensor& x) {
         return x.unsqueeze(2)
@@ -254,14 +265,6 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
       k = repeat(k);
       v = repeat(v);
     }
-    // What lies in the gaps comes after all tokens of a sequence, so that a causal mask hides it.
-    std::optional<Tensor> mask;
-    if (!causal && !sequences.equal)
-      mask = torch::zeros({count * longest}, q.options().dtype(torch::kBool))
-                 .index_fill_(0, sequences.place, true)
-                 .view({count, 1, 1, longest});
-    else if (causal && sequences.past > 0)
-      mask = torch::ones({longest, all}, q.options().dtype(torch::kBool)).tril(sequences.past);
     mixed = torch::scaled_dot_product_attention(q, k, v, mask, /*dropout_p=*/0.0, causal && !mask,
                                                 /*scale=*/std::nullopt, shared > 1 && native);
   }
@@ -294,22 +297,6 @@ Activation read_activation(const ConfigReader& config, const char* field, const 
   if (name == "relu") return Activation::relu;
   if (name == "gelu") return Activation::gelu;
   return name == "silu" || name == "swish" ? Activation::silu : Activation::gelu_tanh;
-}
-
-Tensor activate(const Tensor& x, Activation activation) {
-  switch (activation) {
-    case Activation::none:
-      return x;
-    case Activation::relu:
-      return torch::relu(x);
-    case Activation::gelu:
-      return torch::gelu(x);
-    case Activation::gelu_tanh:
-      return torch::gelu(x, "tanh");
-    case Activation::silu:
-      return torch::silu(x);
-  }
-  throw Error("unknown activation");
 }
 
 // ---- Smoothing groups ---------------------------------------------------------------------------

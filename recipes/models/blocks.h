@@ -3,9 +3,10 @@
 #pragma once
 
 #include <torch/nn/module.h>
+#include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/normalization.h>
 #include <vernier/kernels/activation.h>
-#include <vernier/qat/linear.h>
+#include <vernier/qat/linear_group.h>
 #include <vernier/recipes/models/causal_lm.h>
 #include <vernier/recipes/models/config.h>
 
@@ -46,6 +47,11 @@ struct Sequences {
   KeyValueCache* cache;
 };
 
+// ---- Embeddings ---------------------------------------------------------------------------------
+
+/// A table of embeddings; its parameter, too, is uninitialized where nn::Uninitialized says so.
+torch::nn::Embedding embedding(int64_t rows, int64_t size);
+
 // ---- Norms --------------------------------------------------------------------------------------
 
 /// x / sqrt(mean(x^2) + epsilon) * weight over the last axis, computed in float32 (Zhang and
@@ -53,12 +59,25 @@ struct Sequences {
 class RMSNormImpl : public torch::nn::Module {
  public:
   RMSNormImpl(int64_t size, double norm_epsilon);
-  torch::Tensor forward(const torch::Tensor& x);
+  torch::Tensor forward(const torch::Tensor& x) { return normalize(x, norm()); }
+  /// The same for a group of layers that read it.
+  Norm norm() const { return {weight, {}, epsilon, /*centered=*/false}; }
 
   torch::Tensor weight;
   double epsilon;
 };
 TORCH_MODULE(RMSNorm);
+
+Norm norm_of(const torch::nn::LayerNorm& layer_norm);
+
+/// A residual stream between two layers, and what the next norm is still to add to it: in mode
+/// integer it does so in the same pass.
+struct Stream {
+  torch::Tensor x;
+  torch::Tensor added;  ///< undefined: nothing
+
+  torch::Tensor sum() const { return added.defined() ? x + added : x; }
+};
 
 // ---- Rotary embeddings --------------------------------------------------------------------------
 
@@ -89,26 +108,25 @@ RotarySettings read_rotary(const ConfigReader& config, int64_t head_size,
                            double default_factor = 1);
 
 /// Rotates pairs of dimensions (i, i + size / 2) of queries and keys by angles that grow with the
-/// position (Su et al. 2021, arXiv 2104.09864). Tables are made once a device and dtype; safe to
-/// call from several threads.
+/// position (Su et al. 2021, arXiv 2104.09864). Tables are made once a device; safe to call from
+/// several threads.
 class Rotary {
  public:
   Rotary(const RotarySettings& settings, int64_t positions)
       : settings_(settings), positions_(positions) {}
 
-  /// Cosines, and sines with the sign of the dimension they turn, for the tokens of a batch: [...,
-  /// 1, size], to be used with every layer.
+  /// Cosines and sines for the tokens of a batch, to be used with every layer: float32 [total, size
+  /// / 2] or, where the lengths are equal, [longest, size / 2] that all sequences share.
   struct Angles {
     torch::Tensor cosine, sine;
   };
-  Angles angles(const Sequences& sequences, torch::Device device, torch::Dtype dtype);
+  Angles angles(const Sequences& sequences, torch::Device device);
 
   /// x [total, heads, head_size] with its first `size` dimensions rotated.
-  static torch::Tensor rotate(const torch::Tensor& x, const Angles& angles,
-                              const Sequences& sequences);
+  static torch::Tensor rotate(const torch::Tensor& x, const Angles& angles);
 
  private:
-  Angles tables(torch::Device device, torch::Dtype dtype, int64_t positions);
+  Angles tables(torch::Device device, int64_t positions);
 
   RotarySettings settings_;
   int64_t positions_;
@@ -145,10 +163,9 @@ Heads read_heads(const ConfigReader& config, int64_t hidden, const char* hidden_
 nn::Linear make_linear(int64_t in, int64_t out, bool bias = true);
 torch::nn::LayerNorm make_layer_norm(int64_t size, double epsilon = 1e-5);
 
-/// The activation of a Hugging Face configuration's field. Throws Error, naming the field, for one
-/// that is not implemented.
+/// The activation function that a configuration names. Throws Error, naming the field, for one that
+/// is not implemented.
 Activation read_activation(const ConfigReader& config, const char* field, const char* otherwise);
-torch::Tensor activate(const torch::Tensor& x, Activation activation);
 
 // ---- Smoothing groups ---------------------------------------------------------------------------
 

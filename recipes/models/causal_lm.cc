@@ -1,5 +1,6 @@
 #include <torch/nn/functional/linear.h>
 #include <vernier/kernels/error.h>
+#include <vernier/kernels/quantize.h>
 #include <vernier/recipes/models/causal_lm.h>
 #include <nlohmann/json.hpp>
 
@@ -7,38 +8,73 @@ namespace vernier {
 
 using torch::Tensor;
 
+namespace {
+
+const Scheme kCacheScheme = {.granularity = Granularity::per_token, .dynamic = true};
+
+}  // namespace
+
+std::string to_string(CacheFormat format) { return format == CacheFormat::int8 ? "int8" : "full"; }
+
+CacheFormat cache_format_from_string(const std::string& name) {
+  for (const CacheFormat format : {CacheFormat::full, CacheFormat::int8})
+    if (name == to_string(format)) return format;
+  throw Error(concat("unknown format '", name, "' of a key and value cache: use full or int8"));
+}
+
 KeyValueCache::KeyValueCache(int64_t layers, int64_t sequences, int64_t heads, int64_t capacity,
-                             int64_t head_size, const torch::TensorOptions& options)
-    : sequences_(sequences), capacity_(capacity) {
+                             int64_t head_size, const torch::TensorOptions& options,
+                             CacheFormat format)
+    : sequences_(sequences), capacity_(capacity), format_(format) {
   VERNIER_CHECK(sequences >= 1 && capacity >= 1, "a cache needs at least one sequence and one ",
                 "token, not ", sequences, " and ", capacity);
-  for (int64_t i = 0; i < layers; ++i)
-    for (auto* tensors : {&keys_, &values_})
-      tensors->push_back(torch::empty({sequences, heads, capacity, head_size}, options));
+  const bool codes = format == CacheFormat::int8;
+  for (int64_t i = 0; i < layers; ++i) {
+    for (auto* kept : {&keys_, &values_}) {
+      kept->push_back({torch::empty({sequences, heads, capacity, head_size},
+                                    codes ? options.dtype(torch::kChar) : options),
+                       {}});
+      if (codes)
+        kept->back().scale =
+            torch::empty({sequences, heads, capacity}, options.dtype(torch::kFloat));
+    }
+  }
+}
+
+int64_t KeyValueCache::bytes() const {
+  int64_t bytes = 0;
+  for (const auto* all : {&keys_, &values_})
+    for (const Kept& kept : *all)
+      bytes += static_cast<int64_t>(kept.rows.nbytes() +
+                                    (kept.scale.defined() ? kept.scale.nbytes() : 0));
+  return bytes;
+}
+
+Tensor KeyValueCache::add(const Kept& kept, const Tensor& added) const {
+  const int64_t tokens = added.dim() == 4 ? added.size(2) : 0, total = length_ + tokens;
+  VERNIER_CHECK(added.dim() == 4 && added.size(0) == kept.rows.size(0) &&
+                    added.size(1) == kept.rows.size(1) && added.size(3) == kept.rows.size(3),
+                "keys or values of shape ", added.sizes(), " do not fit a cache of ",
+                kept.rows.sizes());
+  VERNIER_CHECK(total <= capacity_, "the cache has room for ", capacity_, " tokens, not for ",
+                total);
+  if (format_ == CacheFormat::full) {
+    kept.rows.narrow(2, length_, tokens).copy_(added);
+    return kept.rows.narrow(2, 0, total);
+  }
+  const auto [codes, scale] = quantize_per_token(added, kCacheScheme);
+  kept.rows.narrow(2, length_, tokens).copy_(codes);
+  kept.scale.narrow(2, length_, tokens).copy_(scale);
+  return dequantize(kept.rows.narrow(2, 0, total), kept.scale.narrow(2, 0, total).contiguous(),
+                    std::nullopt, kCacheScheme, 0, added.scalar_type());
 }
 
 std::pair<Tensor, Tensor> KeyValueCache::append(int64_t layer, const Tensor& keys,
                                                 const Tensor& values) {
   const torch::NoGradGuard no_grad;
-  const int64_t tokens = keys.size(2), total = length_ + tokens;
-  VERNIER_CHECK(total <= capacity_, "the cache has room for ", capacity_, " tokens, not for ",
-                total);
-  const auto add = [&](const Tensor& all, const Tensor& added) {
-    VERNIER_CHECK(
-        added.dim() == 4 && added.size(0) == all.size(0) && added.size(1) == all.size(1) &&
-            added.size(2) == tokens && added.size(3) == all.size(3),
-        "keys or values of shape ", added.sizes(), " do not fit a cache of ", all.sizes());
-    all.narrow(2, length_, tokens).copy_(added);
-    return all.narrow(2, 0, total);
-  };
+  VERNIER_CHECK(keys.sizes() == values.sizes(), "keys of shape ", keys.sizes(),
+                " and values of shape ", values.sizes(), " are not of the same tokens");
   return {add(keys_.at(layer), keys), add(values_.at(layer), values)};
-}
-
-int64_t KeyValueCache::bytes() const {
-  size_t bytes = 0;
-  for (const auto* tensors : {&keys_, &values_})
-    for (const Tensor& tensor : *tensors) bytes += tensor.nbytes();
-  return static_cast<int64_t>(bytes);
 }
 
 void KeyValueCache::truncate(int64_t length) {
@@ -63,12 +99,12 @@ Tensor CausalLanguageModel::logits(const Tensor& hidden) {
   return torch::nn::functional::linear(hidden, embedding_->weight);
 }
 
-std::shared_ptr<KeyValueCache> CausalLanguageModel::make_cache(int64_t sequences,
-                                                               int64_t capacity) const {
+std::shared_ptr<KeyValueCache> CausalLanguageModel::make_cache(int64_t sequences, int64_t capacity,
+                                                               CacheFormat format) const {
   VERNIER_CHECK(capacity <= sizes_.positions, "a cache of ", capacity,
                 " tokens is longer than the model's ", sizes_.positions, " positions");
   return std::make_shared<KeyValueCache>(sizes_.layers, sequences, sizes_.key_heads, capacity,
-                                         sizes_.head_size, embedding_->weight.options());
+                                         sizes_.head_size, embedding_->weight.options(), format);
 }
 
 int64_t CausalLanguageModel::start_token() const {

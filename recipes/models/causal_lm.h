@@ -14,25 +14,38 @@
 
 namespace vernier {
 
+/// How a cache keeps keys and values.
+enum class CacheFormat {
+  full,  ///< as they are
+  int8   ///< eight bits, a scale a token and head: a little more than half of bfloat16's memory
+};
+
+std::string to_string(CacheFormat format);
+/// full or int8. Throws Error for another name.
+CacheFormat cache_format_from_string(const std::string& name);
+
 /// Keys and values of the tokens that sequences of one length have brought so far, so that further
 /// tokens cost no more than themselves. CausalLanguageModel::make_cache() makes one.
 class KeyValueCache {
  public:
   /// Room for `capacity` tokens of each sequence, as `options` say (dtype and device).
   KeyValueCache(int64_t layers, int64_t sequences, int64_t heads, int64_t capacity,
-                int64_t head_size, const torch::TensorOptions& options);
+                int64_t head_size, const torch::TensorOptions& options,
+                CacheFormat format = CacheFormat::full);
 
   int64_t sequences() const { return sequences_; }
   int64_t capacity() const { return capacity_; }
   /// Tokens that each sequence has brought.
   int64_t length() const { return length_; }
+  CacheFormat format() const { return format_; }
   /// Memory that it takes, whatever its length().
   int64_t bytes() const;
 
   /// Puts keys and values of the next tokens, [sequences, heads, tokens, head_size] each, behind
   /// those of a layer and returns all of them, [sequences, heads, length() + tokens, head_size].
-  /// length() stays: advance() follows once every layer has brought them. Throws Error when there
-  /// is no room or a shape does not fit.
+  /// Of a cache of codes all come back rounded, the new ones too: what is computed does not depend
+  /// on how many tokens come at a time. length() stays: advance() follows once every layer has
+  /// brought them. Throws Error when there is no room or a shape does not fit.
   std::pair<torch::Tensor, torch::Tensor> append(int64_t layer, const torch::Tensor& keys,
                                                  const torch::Tensor& values);
   void advance(int64_t tokens) { length_ += tokens; }
@@ -41,8 +54,15 @@ class KeyValueCache {
   void truncate(int64_t length);
 
  private:
+  struct Kept {
+    torch::Tensor rows;   // [sequences, heads, capacity, head_size]: real values, or int8 codes
+    torch::Tensor scale;  // float32 [sequences, heads, capacity]; of codes
+  };
+  torch::Tensor add(const Kept& kept, const torch::Tensor& added) const;
+
   int64_t sequences_, capacity_, length_ = 0;
-  std::vector<torch::Tensor> keys_, values_;  // [sequences, heads, capacity, head_size] a layer
+  CacheFormat format_;
+  std::vector<Kept> keys_, values_;  // one a layer
 };
 
 /// A model whose every token sees itself and those before it, with a distribution over the next.
@@ -64,7 +84,8 @@ class CausalLanguageModel : public TextModel {
 
   /// An empty cache in the model's dtype and on its device. Throws Error when the capacity is more
   /// than max_length().
-  std::shared_ptr<KeyValueCache> make_cache(int64_t sequences, int64_t capacity) const;
+  std::shared_ptr<KeyValueCache> make_cache(int64_t sequences, int64_t capacity,
+                                            CacheFormat format = CacheFormat::full) const;
 
   /// The token that texts start with: bos_token_id of the configuration, else eos_token_id, else 0.
   int64_t start_token() const;

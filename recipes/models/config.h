@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace vernier {
 
@@ -58,6 +59,16 @@ class ConfigReader {
       known += concat(known.empty() ? "" : ", ", name);
     }
     throw Error(concat(field, " ", value->dump(), " is not implemented (", known, ")"));
+  }
+
+  /// A list of names; empty where it is missing.
+  std::vector<std::string> names(const char* field) const {
+    const nlohmann::json* value = find(field);
+    if (!value) return {};
+    const bool fits = value->is_array() && std::all_of(value->begin(), value->end(),
+                                                       [](const auto& v) { return v.is_string(); });
+    VERNIER_CHECK(fits, field, " must be a list of names, not ", value->dump());
+    return value->get<std::vector<std::string>>();
   }
 
   bool has(const char* field) const { return find(field) != nullptr; }

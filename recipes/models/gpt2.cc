@@ -38,28 +38,38 @@ struct SelfAttention : torch::nn::Module {
   explicit SelfAttention(const Gpt2Config& c) : heads(c.heads) {
     c_attn = register_module("c_attn", make_linear(c.hidden, 3 * c.hidden));
     c_proj = register_module("c_proj", make_linear(c.hidden, c.hidden));
+    input = LinearGroup({c_attn});
+    output = LinearGroup({c_proj});
   }
 
-  Tensor forward(const Tensor& x, const Sequences& sequences, int64_t layer) {
-    const auto parts = c_attn(x).view({x.size(0), 3, heads.queries, heads.size}).unbind(1);
-    return c_proj(
-        attention(parts[0], parts[1], parts[2], heads, sequences, /*causal=*/true, layer));
+  // Of what `input` gives.
+  Tensor forward(const std::vector<Tensor>& projected, const Sequences& sequences, int64_t layer) {
+    const auto parts = projected[0].view({-1, 3, heads.queries, heads.size}).unbind(1);
+    return output.forward(
+        attention(parts[0], parts[1], parts[2], heads, sequences, /*causal=*/true, layer))[0];
   }
 
   Heads heads;
   nn::Linear c_attn{nullptr}, c_proj{nullptr};
+  LinearGroup input, output;
 };
 
 struct Mlp : torch::nn::Module {
   explicit Mlp(const Gpt2Config& c) : activation(c.activation) {
     c_fc = register_module("c_fc", make_linear(c.hidden, c.intermediate));
     c_proj = register_module("c_proj", make_linear(c.intermediate, c.hidden));
+    input = LinearGroup({c_fc});
+    output = LinearGroup({c_proj});
   }
 
-  Tensor forward(const Tensor& x) { return c_proj(activate(c_fc(x), activation)); }
+  // Of what `input` gives.
+  Tensor forward(const std::vector<Tensor>& fed) {
+    return output.of_activation(fed[0], activation)[0];
+  }
 
   Activation activation;
   nn::Linear c_fc{nullptr}, c_proj{nullptr};
+  LinearGroup input, output;
 };
 
 struct Layer : torch::nn::Module {
@@ -70,9 +80,11 @@ struct Layer : torch::nn::Module {
     mlp = register_module("mlp", std::make_shared<Mlp>(c));
   }
 
-  Tensor forward(const Tensor& x, const Sequences& sequences, int64_t layer) {
-    const Tensor attended = x + attn->forward(ln_1(x), sequences, layer);
-    return attended + mlp->forward(ln_2(attended));
+  Stream forward(const Stream& before, const Sequences& sequences, int64_t layer) {
+    const auto [x, projected] = attn->input.of_norm(norm_of(ln_1), before.x, before.added);
+    const Tensor attended = attn->forward(projected, sequences, layer);
+    const auto [between, fed] = mlp->input.of_norm(norm_of(ln_2), x, attended);
+    return {between, mlp->forward(fed)};
   }
 
   torch::nn::LayerNorm ln_1{nullptr}, ln_2{nullptr};
@@ -83,8 +95,8 @@ struct Layer : torch::nn::Module {
 // "transformer" in the names of parameters.
 struct Decoder : torch::nn::Module {
   explicit Decoder(const Gpt2Config& c) {
-    wte = register_module("wte", torch::nn::Embedding(c.vocabulary, c.hidden));
-    wpe = register_module("wpe", torch::nn::Embedding(c.positions, c.hidden));
+    wte = register_module("wte", embedding(c.vocabulary, c.hidden));
+    wpe = register_module("wpe", embedding(c.positions, c.hidden));
     layers = register_module("h", torch::nn::ModuleList());
     for (int64_t i = 0; i < c.layers; ++i) layers->push_back(std::make_shared<Layer>(c));
     ln_f = register_module("ln_f", make_layer_norm(c.hidden, c.epsilon));
@@ -113,11 +125,11 @@ class Gpt2 : public CausalLanguageModel {
   using CausalLanguageModel::forward;
   Tensor forward(const TokenBatch& batch, KeyValueCache* cache) override {
     const Sequences sequences(batch, config_.positions, cache);
-    Tensor x = sequences.add_rows(model_->wte(batch.tokens), model_->wpe->weight);
+    Stream stream = {sequences.add_rows(model_->wte(batch.tokens), model_->wpe->weight), {}};
     for (int64_t i = 0; i < config_.layers; ++i)
-      x = model_->layers[i]->as<Layer>()->forward(x, sequences, i);
+      stream = model_->layers[i]->as<Layer>()->forward(stream, sequences, i);
     if (cache) cache->advance(sequences.longest);
-    return model_->ln_f(x);
+    return model_->ln_f(stream.sum());
   }
 
   std::string settings() const override {

@@ -41,32 +41,42 @@ struct SelfAttention : torch::nn::Module {
     query_key_value =
         register_module("query_key_value", make_linear(c.hidden, 3 * c.hidden, c.attention_bias));
     dense = register_module("dense", make_linear(c.hidden, c.hidden, c.attention_bias));
+    input = LinearGroup({query_key_value});
+    output = LinearGroup({dense});
   }
 
-  Tensor forward(const Tensor& x, const Sequences& sequences, const Rotary::Angles& angles,
-                 int64_t layer) {
-    const auto parts = query_key_value(x).view({x.size(0), 3, heads.queries, heads.size}).unbind(1);
-    return dense(attention(Rotary::rotate(parts[0], angles, sequences),
-                           Rotary::rotate(parts[1], angles, sequences), parts[2], heads, sequences,
-                           /*causal=*/true, layer));
+  // Of what `input` gives.
+  Tensor forward(const std::vector<Tensor>& projected, const Sequences& sequences,
+                 const Rotary::Angles& angles, int64_t layer) {
+    const auto parts = projected[0].view({-1, 3, heads.queries, heads.size}).unbind(1);
+    return output.forward(attention(Rotary::rotate(parts[0], angles),
+                                    Rotary::rotate(parts[1], angles), parts[2], heads, sequences,
+                                    /*causal=*/true, layer))[0];
   }
 
   Heads heads;
   // Its rows are the queries' of all heads, the keys' and the values'.
   nn::Linear query_key_value{nullptr};
   nn::Linear dense{nullptr};
+  LinearGroup input, output;
 };
 
 struct Mlp : torch::nn::Module {
   explicit Mlp(const NeoxConfig& c) : activation(c.activation) {
     dense_h_to_4h = register_module("dense_h_to_4h", make_linear(c.hidden, c.intermediate));
     dense_4h_to_h = register_module("dense_4h_to_h", make_linear(c.intermediate, c.hidden));
+    input = LinearGroup({dense_h_to_4h});
+    output = LinearGroup({dense_4h_to_h});
   }
 
-  Tensor forward(const Tensor& x) { return dense_4h_to_h(activate(dense_h_to_4h(x), activation)); }
+  // Of what `input` gives.
+  Tensor forward(const std::vector<Tensor>& fed) {
+    return output.of_activation(fed[0], activation)[0];
+  }
 
   Activation activation;
   nn::Linear dense_h_to_4h{nullptr}, dense_4h_to_h{nullptr};
+  LinearGroup input, output;
 };
 
 struct Layer : torch::nn::Module {
@@ -78,10 +88,15 @@ struct Layer : torch::nn::Module {
         register_module("post_attention_layernorm", make_layer_norm(c.hidden, c.epsilon));
   }
 
-  Tensor forward(const Tensor& x, const Sequences& sequences, const Rotary::Angles& angles,
+  Stream forward(const Stream& before, const Sequences& sequences, const Rotary::Angles& angles,
                  int64_t layer) {
-    const Tensor attended = x + attention->forward(input_layernorm(x), sequences, angles, layer);
-    return attended + mlp->forward(post_attention_layernorm(parallel ? x : attended));
+    const auto [x, projected] =
+        attention->input.of_norm(norm_of(input_layernorm), before.x, before.added);
+    const Tensor attended = attention->forward(projected, sequences, angles, layer);
+    const Norm norm = norm_of(post_attention_layernorm);
+    if (parallel) return {x + attended, mlp->forward(mlp->input.of_norm(norm, x).outputs)};
+    const auto [between, fed] = mlp->input.of_norm(norm, x, attended);
+    return {between, mlp->forward(fed)};
   }
 
   bool parallel;
@@ -93,7 +108,7 @@ struct Layer : torch::nn::Module {
 // "gpt_neox" in the names of parameters.
 struct Decoder : torch::nn::Module {
   explicit Decoder(const NeoxConfig& c) {
-    embed_in = register_module("embed_in", torch::nn::Embedding(c.vocabulary, c.hidden));
+    embed_in = register_module("embed_in", embedding(c.vocabulary, c.hidden));
     layers = register_module("layers", torch::nn::ModuleList());
     for (int64_t i = 0; i < c.layers; ++i) layers->push_back(std::make_shared<Layer>(c));
     final_layer_norm = register_module("final_layer_norm", make_layer_norm(c.hidden, c.epsilon));
@@ -117,12 +132,12 @@ class GptNeox : public CausalLanguageModel {
   using CausalLanguageModel::forward;
   Tensor forward(const TokenBatch& batch, KeyValueCache* cache) override {
     const Sequences sequences(batch, config_.positions, cache);
-    Tensor x = model_->embed_in(batch.tokens);
-    const Rotary::Angles angles = rotary_.angles(sequences, x.device(), x.scalar_type());
+    Stream stream = {model_->embed_in(batch.tokens), {}};
+    const Rotary::Angles angles = rotary_.angles(sequences, stream.x.device());
     for (int64_t i = 0; i < config_.layers; ++i)
-      x = model_->layers[i]->as<Layer>()->forward(x, sequences, angles, i);
+      stream = model_->layers[i]->as<Layer>()->forward(stream, sequences, angles, i);
     if (cache) cache->advance(sequences.longest);
-    return model_->final_layer_norm(x);
+    return model_->final_layer_norm(stream.sum());
   }
 
   std::string settings() const override {

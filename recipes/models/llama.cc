@@ -47,11 +47,15 @@ LlamaConfig read_common(const ConfigReader& config,
 }
 
 // Attention to less than all tokens before would be another function once there are more.
-void refuse_window(const ConfigReader& config, int64_t positions) {
-  VERNIER_CHECK(!config.has("sliding_window") || config.size("sliding_window") >= positions,
-                "sliding_window ", config.has("sliding_window") ? config.size("sliding_window") : 0,
+void refuse_window(const ConfigReader& config, int64_t positions, bool uses_window = true) {
+  const bool has_window = uses_window && config.has("sliding_window");
+  const int64_t window = has_window ? config.size("sliding_window") : 0;
+  VERNIER_CHECK(!has_window || window >= positions, "sliding_window ", window,
                 " is not implemented: only windows of at least max_position_embeddings ", positions,
                 ", or null");
+  for (const std::string& type : config.names("layer_types"))
+    VERNIER_CHECK(type == "full_attention" || (type == "sliding_attention" && has_window),
+                  "layer_types \"", type, "\" is not implemented (full_attention)");
 }
 
 LlamaConfig read_llama(const nlohmann::json& json) {
@@ -77,7 +81,7 @@ LlamaConfig read_mistral(const nlohmann::json& json) {
 LlamaConfig read_qwen(const ConfigReader& config, std::optional<int64_t> default_head_size) {
   LlamaConfig result = read_common(config, default_head_size);
   config.require("mlp_bias", false);
-  if (config.flag("use_sliding_window", false)) refuse_window(config, result.positions);
+  refuse_window(config, result.positions, config.flag("use_sliding_window", false));
   return result;
 }
 
@@ -104,28 +108,31 @@ struct SelfAttention : torch::nn::Module {
     k_proj = register_module("k_proj", make_linear(c.hidden, keys, c.query_bias));
     v_proj = register_module("v_proj", make_linear(c.hidden, keys, c.query_bias));
     o_proj = register_module("o_proj", make_linear(queries, c.hidden, c.output_bias));
+    inputs = LinearGroup({q_proj, k_proj, v_proj});
+    output = LinearGroup({o_proj});
     if (!c.head_norms) return;
     q_norm = register_module("q_norm", RMSNorm(heads.size, c.epsilon));
     k_norm = register_module("k_norm", RMSNorm(heads.size, c.epsilon));
   }
 
-  Tensor forward(const Tensor& x, const Sequences& sequences, const Rotary::Angles& angles,
-                 int64_t layer) {
-    const auto by_head = [&](const Tensor& projected) {
-      return projected.view({x.size(0), -1, heads.size});
-    };
-    Tensor q = by_head(q_proj(x)), k = by_head(k_proj(x));
+  // Of what `inputs` gives.
+  Tensor forward(const std::vector<Tensor>& projected, const Sequences& sequences,
+                 const Rotary::Angles& angles, int64_t layer) {
+    const auto by_head = [&](const Tensor& x) { return x.view({x.size(0), -1, heads.size}); };
+    Tensor q = by_head(projected[0]), k = by_head(projected[1]);
     if (q_norm) {
       q = q_norm(q);
       k = k_norm(k);
     }
-    q = Rotary::rotate(q, angles, sequences);
-    k = Rotary::rotate(k, angles, sequences);
-    return o_proj(attention(q, k, by_head(v_proj(x)), heads, sequences, /*causal=*/true, layer));
+    q = Rotary::rotate(q, angles);
+    k = Rotary::rotate(k, angles);
+    return output.forward(attention(q, k, by_head(projected[2]), heads, sequences,
+                                    /*causal=*/true, layer))[0];
   }
 
   Heads heads;
   nn::Linear q_proj{nullptr}, k_proj{nullptr}, v_proj{nullptr}, o_proj{nullptr};
+  LinearGroup inputs, output;
   RMSNorm q_norm{nullptr}, k_norm{nullptr};
 };
 
@@ -134,14 +141,18 @@ struct GatedMlp : torch::nn::Module {
     gate_proj = register_module("gate_proj", make_linear(c.hidden, c.intermediate, c.mlp_bias));
     up_proj = register_module("up_proj", make_linear(c.hidden, c.intermediate, c.mlp_bias));
     down_proj = register_module("down_proj", make_linear(c.intermediate, c.hidden, c.mlp_bias));
+    inputs = LinearGroup({gate_proj, up_proj});
+    output = LinearGroup({down_proj});
   }
 
-  Tensor forward(const Tensor& x) {
-    return down_proj(activate(gate_proj(x), activation) * up_proj(x));
+  // Of what `inputs` gives.
+  Tensor forward(const std::vector<Tensor>& gate_and_up) {
+    return output.of_gated(gate_and_up[0], gate_and_up[1], activation)[0];
   }
 
   Activation activation;
   nn::Linear gate_proj{nullptr}, up_proj{nullptr}, down_proj{nullptr};
+  LinearGroup inputs, output;
 };
 
 struct Layer : torch::nn::Module {
@@ -153,10 +164,14 @@ struct Layer : torch::nn::Module {
         register_module("post_attention_layernorm", RMSNorm(c.hidden, c.epsilon));
   }
 
-  Tensor forward(const Tensor& x, const Sequences& sequences, const Rotary::Angles& angles,
+  Stream forward(const Stream& before, const Sequences& sequences, const Rotary::Angles& angles,
                  int64_t layer) {
-    const Tensor attended = x + self_attn->forward(input_layernorm(x), sequences, angles, layer);
-    return attended + mlp->forward(post_attention_layernorm(attended));
+    const auto [x, projected] =
+        self_attn->inputs.of_norm(input_layernorm->norm(), before.x, before.added);
+    const Tensor attended = self_attn->forward(projected, sequences, angles, layer);
+    const auto [between, gate_and_up] =
+        mlp->inputs.of_norm(post_attention_layernorm->norm(), x, attended);
+    return {between, mlp->forward(gate_and_up)};
   }
 
   std::shared_ptr<SelfAttention> self_attn;
@@ -167,7 +182,7 @@ struct Layer : torch::nn::Module {
 // "model" in the names of parameters.
 struct Decoder : torch::nn::Module {
   explicit Decoder(const LlamaConfig& c) {
-    embed_tokens = register_module("embed_tokens", torch::nn::Embedding(c.vocabulary, c.hidden));
+    embed_tokens = register_module("embed_tokens", embedding(c.vocabulary, c.hidden));
     layers = register_module("layers", torch::nn::ModuleList());
     for (int64_t i = 0; i < c.layers; ++i) layers->push_back(std::make_shared<Layer>(c));
     norm = register_module("norm", RMSNorm(c.hidden, c.epsilon));
@@ -191,12 +206,12 @@ class Llama : public CausalLanguageModel {
   using CausalLanguageModel::forward;
   Tensor forward(const TokenBatch& batch, KeyValueCache* cache) override {
     const Sequences sequences(batch, config_.positions, cache);
-    Tensor x = model_->embed_tokens(batch.tokens);
-    const Rotary::Angles angles = rotary_.angles(sequences, x.device(), x.scalar_type());
+    Stream stream = {model_->embed_tokens(batch.tokens), {}};
+    const Rotary::Angles angles = rotary_.angles(sequences, stream.x.device());
     for (int64_t i = 0; i < config_.layers; ++i)
-      x = model_->layers[i]->as<Layer>()->forward(x, sequences, angles, i);
+      stream = model_->layers[i]->as<Layer>()->forward(stream, sequences, angles, i);
     if (cache) cache->advance(sequences.longest);
-    return model_->norm(x);
+    return model_->norm(stream.sum());
   }
 
   std::string settings() const override {

@@ -43,18 +43,21 @@ struct SelfAttention : torch::nn::Module {
     k_proj = register_module("k_proj", make_linear(c.hidden, c.hidden, c.bias));
     v_proj = register_module("v_proj", make_linear(c.hidden, c.hidden, c.bias));
     out_proj = register_module("out_proj", make_linear(c.hidden, c.hidden, c.bias));
+    inputs = LinearGroup({q_proj, k_proj, v_proj});
+    output = LinearGroup({out_proj});
   }
 
-  Tensor forward(const Tensor& x, const Sequences& sequences, int64_t layer) {
-    const auto by_head = [&](const Tensor& projected) {
-      return projected.view({x.size(0), -1, heads.size});
-    };
-    return out_proj(attention(by_head(q_proj(x)), by_head(k_proj(x)), by_head(v_proj(x)), heads,
-                              sequences, /*causal=*/true, layer));
+  // Of what `inputs` gives.
+  Tensor forward(const std::vector<Tensor>& projected, const Sequences& sequences, int64_t layer) {
+    const auto by_head = [&](const Tensor& x) { return x.view({x.size(0), -1, heads.size}); };
+    return output.forward(attention(by_head(projected[0]), by_head(projected[1]),
+                                    by_head(projected[2]), heads, sequences, /*causal=*/true,
+                                    layer))[0];
   }
 
   Heads heads;
   nn::Linear q_proj{nullptr}, k_proj{nullptr}, v_proj{nullptr}, out_proj{nullptr};
+  LinearGroup inputs, output;
 };
 
 struct Layer : torch::nn::Module {
@@ -64,17 +67,26 @@ struct Layer : torch::nn::Module {
     fc1 = register_module("fc1", make_linear(c.hidden, c.intermediate, c.bias));
     fc2 = register_module("fc2", make_linear(c.intermediate, c.hidden, c.bias));
     final_layer_norm = register_module("final_layer_norm", make_layer_norm(c.hidden));
+    input = LinearGroup({fc1});
+    output = LinearGroup({fc2});
   }
 
-  Tensor forward(const Tensor& x, const Sequences& sequences, int64_t layer) {
-    const auto attend = [&](const Tensor& y) { return self_attn->forward(y, sequences, layer); };
-    const auto feed = [&](const Tensor& y) { return fc2(activate(fc1(y), activation)); };
+  Stream forward(const Stream& before, const Sequences& sequences, int64_t layer) {
+    const auto attend = [&](const std::vector<Tensor>& projected) {
+      return self_attn->forward(projected, sequences, layer);
+    };
+    const auto feed = [&](const std::vector<Tensor>& fed) {
+      return output.of_activation(fed[0], activation)[0];
+    };
     if (norm_first) {
-      const Tensor attended = x + attend(self_attn_layer_norm(x));
-      return attended + feed(final_layer_norm(attended));
+      const auto [x, projected] =
+          self_attn->inputs.of_norm(norm_of(self_attn_layer_norm), before.x, before.added);
+      const auto [between, fed] = input.of_norm(norm_of(final_layer_norm), x, attend(projected));
+      return {between, feed(fed)};
     }
-    const Tensor attended = self_attn_layer_norm(x + attend(x));
-    return final_layer_norm(attended + feed(attended));
+    const Tensor x = before.sum();
+    const Tensor attended = self_attn_layer_norm(x + attend(self_attn->inputs.forward(x)));
+    return {final_layer_norm(attended + feed(input.forward(attended))), {}};
   }
 
   bool norm_first;
@@ -82,14 +94,15 @@ struct Layer : torch::nn::Module {
   std::shared_ptr<SelfAttention> self_attn;
   torch::nn::LayerNorm self_attn_layer_norm{nullptr}, final_layer_norm{nullptr};
   nn::Linear fc1{nullptr}, fc2{nullptr};
+  LinearGroup input, output;
 };
 
 // "model.decoder" in the names of parameters.
 struct Decoder : torch::nn::Module {
   explicit Decoder(const OptConfig& c) {
-    embed_tokens = register_module("embed_tokens", torch::nn::Embedding(c.vocabulary, c.embedded));
-    embed_positions = register_module(
-        "embed_positions", torch::nn::Embedding(c.positions + kUnusedPositions, c.hidden));
+    embed_tokens = register_module("embed_tokens", embedding(c.vocabulary, c.embedded));
+    embed_positions =
+        register_module("embed_positions", embedding(c.positions + kUnusedPositions, c.hidden));
     if (c.embedded != c.hidden) {
       project_in = register_module("project_in", make_linear(c.embedded, c.hidden, /*bias=*/false));
       project_out =
@@ -106,8 +119,10 @@ struct Decoder : torch::nn::Module {
     if (project_in) x = project_in(x);
     const Tensor& table = embed_positions->weight;
     x = sequences.add_rows(x, table.narrow(0, kUnusedPositions, table.size(0) - kUnusedPositions));
+    Stream stream = {x, {}};
     for (size_t i = 0; i < layers->size(); ++i)
-      x = layers[i]->as<Layer>()->forward(x, sequences, static_cast<int64_t>(i));
+      stream = layers[i]->as<Layer>()->forward(stream, sequences, static_cast<int64_t>(i));
+    x = stream.sum();
     if (final_layer_norm) x = final_layer_norm(x);
     return project_out ? project_out(x) : x;
   }

@@ -35,6 +35,7 @@ class TextModel : public torch::nn::Module {
   /// What of the configuration changes the result but shows in no parameter, in one form whatever
   /// the configuration's own: part of the fingerprint.
   virtual std::string settings() const = 0;
+
   /// A parameter's value as a Hugging Face folder lays it out, under the same name, and back: the
   /// same tensor unless the family says otherwise. Of a linear's weight or bias, or anything else
   /// in its shape.
@@ -45,8 +46,8 @@ class TextModel : public torch::nn::Module {
     return value;
   }
 
-  /// Where per-channel factors can go: every quantized layer is a reader in one group at most. Valid
-  /// while the model lives.
+  /// Where per-channel factors can go: every quantized layer is a reader in one group at most.
+  /// Valid while the model lives.
   virtual std::vector<SmoothingGroup> smoothing_groups() = 0;
 
   CheckpointInfo info;  ///< architecture, configuration, fingerprint

@@ -77,4 +77,9 @@ if(EXISTS "${venv_python}")
            "${venv_python}" "${PROJECT_SOURCE_DIR}/tests/python_ops_test.py")
   set_tests_properties(python_ops_test PROPERTIES LABELS python SKIP_RETURN_CODE 77 TIMEOUT 600
                        ENVIRONMENT "VERNIER_LIBRARY=$<TARGET_FILE:vernier>")
+  # What transformers makes of folders that the program writes.
+  add_test(NAME compressed_tensors_test
+           COMMAND "${venv_python}" "${PROJECT_SOURCE_DIR}/tests/compressed_tensors_test.py")
+  set_tests_properties(compressed_tensors_test PROPERTIES LABELS python SKIP_RETURN_CODE 77 TIMEOUT 1200
+                       ENVIRONMENT "VERNIER_PROGRAM=$<TARGET_FILE:vernier_cli>")
 endif()
