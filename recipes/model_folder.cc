@@ -128,10 +128,15 @@ ModelFolder model_folder(const TextModel& model, const fs::path& source,
 
   std::map<std::string, Tensor> parameters;
   for (const auto& item : model.named_parameters()) parameters.emplace(item.key(), item.value());
-  for (const auto& [name, layer] : quantized_layers(model))
+  for (const auto& [name, layer] : quantized_layers(model)) {
+    VERNIER_CHECK(!layer->input_quantizer || layer->input_quantizer->pre_scale().numel() == 0,
+                  "layer '", name,
+                  "' has factors on its input (smoothing that could not be folded), which a folder "
+                  "has no place for: export a checkpoint");
     for (const auto& [what, quantizer] : layer->quantizers())
       for (const auto& item : quantizer->named_parameters())  // learned scales
         parameters.erase(concat(name, ".", what, "_quantizer.", item.key()));
+  }
   std::set<std::string> missing;
   for (const auto& item : parameters) missing.insert(item.first);
   const auto add = [&](const std::string& name, const std::string& parameter) {
