@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <vernier/export/checkpoint.h>
+#include <vernier/kernels/fake_quantize.h>
 #include <vernier/qat/linear.h>
 #include <vernier/qat/prepare.h>
 #include <vernier/tests/expect_error.h>
