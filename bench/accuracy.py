@@ -2,7 +2,8 @@
 """Accuracy of the language-model recipes on trained reference models, beside what others reach.
 
 usage: accuracy.py --models DIR [--vernier build/bin/vernier] [--rows NAME ...] [--out RESULTS.json]
-                   [--markdown TABLE.md] [--probe qat_probe.py] [-- further options of vernier]
+                   [--results EARLIER.json ...] [--markdown TABLE.md] [--probe qat_probe.py]
+                   [-- further options of vernier]
 
 DIR holds llama-13m and opt-14m (Hugging Face folders with token_ids.npz) and plant_outliers.py,
 which makes copies with activation outliers that compute the same function. Perplexity is that of
@@ -169,18 +170,26 @@ def main():
     parser.add_argument("--rows", nargs="*", help="names of rows (default: all)")
     parser.add_argument("--work", type=Path, help="folder for windows, copies and checkpoints, kept")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--results", type=Path, nargs="*", default=[],
+                        help="--out files of runs whose rows are taken over instead of run")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--probe", help="qat_probe.py, to time beside vernier train")
     parser.add_argument("further", nargs="*", help="after --: options for every vernier command")
     args = parser.parse_args()
     rows = [row for row in ROWS if not args.rows or row.name in args.rows]
+    known = {result["name"]: result for path in args.results
+             for result in json.loads(path.read_text())["rows"] if "perplexity" in result}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        if not all((folder / f"{model}-eval.h5").exists() for model in FLOAT):
+        if (any(row.name not in known for row in rows)
+                and not all((folder / f"{model}-eval.h5").exists() for model in FLOAT)):
             cut(args.models, folder)
         results = []
         for row in rows:
+            if row.name in known:
+                results.append(known[row.name])
+                continue
             print(f"--- {row.title}", file=sys.stderr, flush=True)
             results.append(run_row(row, args, folder))
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)

@@ -11,7 +11,8 @@ namespace fs = std::filesystem;
 
 struct Options {
   CommonOptions common;
-  std::string model, data, out;
+  DataOptions data;
+  std::string model, out;
   std::vector<std::string> merge;
   int64_t first = 0;
   std::optional<int64_t> samples;
@@ -38,7 +39,7 @@ void report(const Options& options, const ModelStatistics& statistics) {
 }
 
 int merge(const Options& options) {
-  VERNIER_CHECK(options.model.empty() && options.data.empty() && !options.resume,
+  VERNIER_CHECK(options.model.empty() && options.data.data.empty() && !options.resume,
                 "--merge adds statistics files: it takes no --model, --data or --resume");
   const AtomicFile writable(options.out);
   ModelStatistics sum = load_statistics(options.merge.front());
@@ -58,16 +59,16 @@ int merge(const Options& options) {
 
 int run(const Options& options) {
   if (!options.merge.empty()) return merge(options);
-  VERNIER_CHECK(!options.model.empty() && !options.data.empty(),
+  VERNIER_CHECK(!options.model.empty(),
                 "give --model and --data, or --merge with statistics files");
   VERNIER_CHECK(options.save_every > 0, "--save-every must be at least 1");
   const torch::Device device = options.common.chosen_device();
   { const AtomicFile writable(options.out); }
-  const TokenDataset data = TokenDataset::open(options.data);
   const auto model = load_text_model(options.model);
   VERNIER_CHECK(model->info.recipe.empty(), options.model,
                 " is quantized already: calibrate the float model");
   model->to(device);
+  const TokenDataset data = options.data.open(model.get(), "calibration");
 
   // What an interrupted run leaves stands beside the output, so that an older, whole output stays
   // what it is.
@@ -107,7 +108,7 @@ void add_calibrate(CLI::App& app, Action& action) {
   CLI::App* command = app.add_subcommand(
       "calibrate", "one pass over data: the statistics that every calibrator needs");
   command->add_option("--model", options->model, "Hugging Face folder");
-  command->add_option("--data", options->data, "calibration data, HDF5");
+  options->data.add_to(*command, "calibration data");
   command->add_option("--out", options->out, "statistics file to write, .h5")->required();
   command->add_option("--merge", options->merge,
                       "add these statistics files instead of running a model");

@@ -5,6 +5,7 @@
 #include <torch/types.h>
 #include <vernier/recipes/comparison.h>
 #include <vernier/recipes/recipe.h>
+#include <vernier/recipes/token_source.h>
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
@@ -30,7 +31,9 @@ void add_export(CLI::App& app, Action& action);
 void add_validate(CLI::App& app, Action& action);
 void add_eval(CLI::App& app, Action& action);
 void add_train(CLI::App& app, Action& action);
+void add_generate(CLI::App& app, Action& action);
 void add_inspect(CLI::App& app, Action& action);
+void add_smoothquant(CLI::App& app, Action& action);
 void add_bench(CLI::App& app, Action& action);
 
 // ---- What several commands share ----
@@ -43,6 +46,30 @@ struct CommonOptions {
   void add_to(CLI::App& command);
   /// Throws Error when the device is unknown or not there.
   torch::Device chosen_device() const;
+};
+
+/// --dtype, of a model that runs.
+struct DtypeOption {
+  std::string dtype = "float32";
+
+  void add_to(CLI::App& command);
+  torch::Dtype chosen() const;
+};
+
+/// --data and what goes with data that a model makes itself.
+struct DataOptions {
+  std::string data;  ///< as of open_tokens(); may be empty
+  std::optional<int64_t> window_length;
+  uint64_t seed = 0;
+
+  /// `help` says what the data is for.
+  CLI::Option* add_to(CLI::App& command, const std::string& help);
+
+  /// What --data names, or `self` in its place where it is absent and the model is a float causal
+  /// language model; with a progress bar while windows are sampled. `model` may be null. Throws
+  /// Error as open_tokens(), and where there is neither data nor such a model, saying what
+  /// `needed_by` needs it.
+  TokenDataset open(TextModel* model, const std::string& needed_by) const;
 };
 
 /// --recipe, --calibrator and --percentile.
@@ -64,9 +91,21 @@ ModelStatistics calibrate_on(TextModel& model, const TokenDataset& data,
 Comparison compare_on(TextModel* reference, TextModel& quantized, const TokenDataset& data,
                       int64_t batch_size);
 
-/// Loads a checkpoint onto a device, ready in mode integer. Throws Error where the path is no
-/// checkpoint.
+/// Loads a float folder or a checkpoint onto a device; a checkpoint is ready in mode integer.
+std::shared_ptr<TextModel> load_model(const std::filesystem::path& path, torch::Device device,
+                                      torch::Dtype dtype = torch::kFloat);
+
+/// load_model() of a checkpoint. Throws Error where the path is a folder.
 std::shared_ptr<TextModel> load_quantized(const std::filesystem::path& path, torch::Device device);
+
+/// Loads the float model that another was made from onto its device. Throws Error when it is
+/// another one or no float model.
+std::shared_ptr<TextModel> load_reference(const std::filesystem::path& path,
+                                          const TextModel& quantized, torch::Device device);
+
+/// The samples a batch takes: what was asked for, else by the kind of model.
+int64_t batch_size_for(const TextModel& model, const TokenDataset& data,
+                       std::optional<int64_t> asked);
 
 /// Throws Error when the statistics are not of this model or their run was interrupted.
 void check_belongs(const ModelStatistics& statistics, const TextModel& model,

@@ -29,9 +29,11 @@ int main(int argc, char** argv) {
   add_quantize(app, action);
   add_train(app, action);
   add_calibrate(app, action);
+  add_smoothquant(app, action);
   add_export(app, action);
   add_validate(app, action);
   add_eval(app, action);
+  add_generate(app, action);
   add_inspect(app, action);
   add_bench(app, action);
   try {

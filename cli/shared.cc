@@ -3,6 +3,7 @@
 #include <vernier/cli/console.h>
 #include <vernier/kernels/error.h>
 #include <vernier/recipes/calibration_run.h>
+#include <vernier/recipes/language_model.h>
 
 #include <cmath>
 #include <map>
@@ -41,6 +42,42 @@ torch::Device CommonOptions::chosen_device() const {
   VERNIER_CHECK(index < gpus, "--device ", device, ": ", gpus,
                 " GPUs were found: use --device cpu, or a machine with one");
   return torch::Device(torch::kCUDA, static_cast<c10::DeviceIndex>(index));
+}
+
+void DtypeOption::add_to(CLI::App& command) {
+  command
+      .add_option("--dtype", dtype,
+                  "of what is not quantized: float32, bfloat16 or float16 (bfloat16 suits GPUs)")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"float32", "bfloat16", "float16"}));
+}
+
+torch::Dtype DtypeOption::chosen() const {
+  return dtype == "bfloat16" ? torch::kBFloat16 : dtype == "float16" ? torch::kHalf : torch::kFloat;
+}
+
+CLI::Option* DataOptions::add_to(CLI::App& command, const std::string& help) {
+  CLI::Option* option = command.add_option(
+      "--data", data,
+      help +
+          ": HDF5; or self[:N], windows sampled from the float causal language model (32); or "
+          "both, data.h5+self[:N]");
+  command.add_option("--window-length", window_length,
+                     "tokens of a sampled window (default: as long as the data's, else 512)");
+  command.add_option("--seed", seed, "of sampling")->capture_default_str();
+  return option;
+}
+
+TokenDataset DataOptions::open(TextModel* model, const std::string& needed_by) const {
+  const bool can_sample =
+      model && dynamic_cast<CausalLanguageModel*>(model) && model->info.recipe.empty();
+  VERNIER_CHECK(!data.empty() || can_sample, needed_by, ": give data with --data");
+  std::optional<Progress> bar;
+  return open_tokens(data.empty() ? "self" : data, model, {window_length, seed},
+                     [&](int64_t done, int64_t total) {
+                       if (!bar) bar.emplace("sampling tokens", total);
+                       bar->update(done);
+                     });
 }
 
 void RecipeOptions::add_to(CLI::App& command) {
@@ -85,14 +122,41 @@ Comparison compare_on(TextModel* reference, TextModel& quantized, const TokenDat
                  [&](int64_t done) { progress.update(done); });
 }
 
-std::shared_ptr<TextModel> load_quantized(const fs::path& path, torch::Device device) {
-  VERNIER_CHECK(!fs::is_directory(path), path.string(),
-                " is a folder: give a quantized checkpoint, as `vernier quantize` writes it");
+std::shared_ptr<TextModel> load_model(const fs::path& path, torch::Device device,
+                                      torch::Dtype dtype) {
   auto model = load_text_model(path);
-  model->to(device);
+  model->to(device, dtype);
+  if (model->info.recipe.empty()) return model;
   set_mode(*model, Mode::full);
   set_mode(*model, Mode::integer);  // makes the weight codes anew where the model is now
   return model;
+}
+
+std::shared_ptr<TextModel> load_quantized(const fs::path& path, torch::Device device) {
+  auto model = load_model(path, device);
+  VERNIER_CHECK(
+      !model->info.recipe.empty(), path.string(),
+      " is a folder in full precision: give a quantized checkpoint, as `vernier quantize` "
+      "writes it");
+  return model;
+}
+
+std::shared_ptr<TextModel> load_reference(const fs::path& path, const TextModel& quantized,
+                                          torch::Device device) {
+  auto reference = load_text_model(path);
+  VERNIER_CHECK(reference->info.recipe.empty(), path.string(),
+                " is quantized: give the float model as the reference");
+  VERNIER_CHECK(reference->info.fingerprint == quantized.info.fingerprint, path.string(),
+                " is not the model that the quantized one was made from (fingerprints ",
+                reference->info.fingerprint, " and ", quantized.info.fingerprint, ")");
+  reference->to(device);
+  return reference;
+}
+
+int64_t batch_size_for(const TextModel& model, const TokenDataset& data,
+                       std::optional<int64_t> asked) {
+  if (asked) return *asked;
+  return dynamic_cast<const CausalLanguageModel*>(&model) ? default_batch_size(data) : 64;
 }
 
 void check_belongs(const ModelStatistics& statistics, const TextModel& model,
@@ -117,15 +181,16 @@ int64_t model_bytes(const fs::path& path) {
 nlohmann::ordered_json comparison_json(const Comparison& comparison, double tolerance) {
   using V = LayerValidation;
   const ValidationReport& report = comparison.validation;
-  const bool scored = comparison.integer.spearman.has_value();
+  const bool predicts = comparison.integer.perplexity.has_value();
+  const bool scored = predicts || comparison.integer.spearman.has_value();
   const auto metric = [&](const ModeResult& mode) {
-    return scored ? *mode.spearman : mode.sqnr_db;
+    return predicts ? *mode.perplexity : scored ? *mode.spearman : mode.sqnr_db;
   };
   nlohmann::ordered_json json;
   json["samples"] = comparison.samples;
-  json["metric"] = scored ? "spearman" : "sqnr_db";
+  json["metric"] = predicts ? "perplexity" : scored ? "spearman" : "sqnr_db";
   if (comparison.full)
-    json["float"] = scored ? nlohmann::json(*comparison.full->spearman) : nlohmann::json();
+    json["float"] = scored ? nlohmann::json(metric(*comparison.full)) : nlohmann::json();
   if (scored || comparison.full) {
     json["fake_quant"] = metric(comparison.fake_quant);
     json["integer"] = metric(comparison.integer);
@@ -134,6 +199,10 @@ nlohmann::ordered_json comparison_json(const Comparison& comparison, double tole
     json["sqnr_db_fake_quant"] = comparison.fake_quant.sqnr_db;
     json["sqnr_db_integer"] = comparison.integer.sqnr_db;
     json["ms_float"] = comparison.full->ms_per_sample;
+  }
+  if (comparison.integer.kl) {
+    json["kl_fake_quant"] = *comparison.fake_quant.kl;
+    json["kl_integer"] = *comparison.integer.kl;
   }
   if (comparison.integer.cosine_error) {
     json["cosine_error_fake_quant"] = *comparison.fake_quant.cosine_error;
@@ -158,7 +227,7 @@ nlohmann::ordered_json comparison_json(const Comparison& comparison, double tole
   json["max_output_difference"] = report.max_output_difference;
   json["max_output"] = report.max_output;
   json["output_tolerance"] = tolerance;
-  json["passed"] = report.passed(tolerance);
+  json["passed"] = comparison.passed(tolerance);
   return json;
 }
 
@@ -174,6 +243,11 @@ void print_comparison(const Comparison& comparison, double tolerance) {
   };
   if (comparison.integer.spearman)
     row("Spearman x 100", [](const ModeResult& mode) { return fixed(*mode.spearman, 2); });
+  if (comparison.integer.perplexity)
+    row("perplexity", [](const ModeResult& mode) { return fixed(*mode.perplexity, 4); });
+  if (comparison.integer.kl)
+    row("KL from the float model, nats",
+        [](const ModeResult& mode) { return mode.kl ? fixed(*mode.kl, 6) : std::string("-"); });
   if (comparison.full) {
     if (comparison.integer.cosine_error)
       row("mean |cosine - float's|", [](const ModeResult& mode) {
@@ -199,8 +273,9 @@ void print_comparison(const Comparison& comparison, double tolerance) {
   line("codes end to end", &V::codes, &V::moved_codes, "moved by roundings upstream");
   note(concat("relative difference of the whole runs' outputs: ", report.relative_output_error(),
               " (at most ", tolerance, " allowed)"));
-  note(report.passed(tolerance) ? "the integer model computes what fake-quantization says"
-                                : "NOT PASSED: the integer model differs from fake-quantization");
+  note(comparison.passed(tolerance)
+           ? "the integer model computes what fake-quantization says"
+           : "NOT PASSED: the integer model differs from fake-quantization");
 }
 
 }  // namespace vernier::cli

@@ -39,6 +39,11 @@ void SmoothingSearchOptions::add_to(CLI::App& command) {
   command.add_option("--refine-rate", search.refine_rate, "their learning rate")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
+  command
+      .add_option("--refine-average", search.refine_average,
+                  "take an average over steps, each counting this much less than the next")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 0.999));
   command.add_flag("--resume", resume, "go on with an interrupted search");
 }
 
@@ -65,6 +70,29 @@ SmoothingResult smooth_on(TextModel& model, const Recipe& recipe, const TokenDat
   };
   SmoothingResult result = smooth_model(model, recipe, data, run);
   if (width > 0) std::fprintf(stderr, "\r%s\r", std::string(width, ' ').c_str());
+  return result;
+}
+
+SmoothingResult smooth_for(TextModel& model, const Recipe& recipe,
+                           const std::filesystem::path& folder, const TokenDataset* data,
+                           const SmoothingRun& run, bool own_calibrator) {
+  if (is_smoothed(folder)) {
+    const int64_t clipped = own_calibrator ? 0 : use_reported_clipping(model, folder);
+    note(concat(folder.string(), " is smoothed already",
+                clipped > 0 ? concat(": ", clipped, " layers keep the ranges found for it") : ""));
+    return {};
+  }
+  if (recipe.smoothing.empty()) return {};
+  VERNIER_CHECK(data, "recipe ", recipe.name, " smooths (", recipe.smoothing,
+                "): give it data, or a folder of `vernier smoothquant`");
+  SmoothingResult result = smooth_on(model, recipe, *data, run);
+  if (result.groups.empty())
+    note("smoothing: no quantized layer of this model reads what a factor could change");
+  else if (!result.metric.empty())
+    note(concat("smoothing: ", result.groups.size(), " groups, loss ",
+                significant(result.before.held_out), " before, ",
+                significant(result.after.held_out), " after on samples held out, ",
+                fixed(result.passes, 0), " forward passes"));
   return result;
 }
 

@@ -25,6 +25,14 @@ struct SmoothingSearchOptions {
 SmoothingResult smooth_on(TextModel& model, const Recipe& recipe, const TokenDataset& data,
                           SmoothingRun run);
 
+/// What is to be done about smoothing before a model of a folder, to which the recipe was applied,
+/// is calibrated: where `vernier smoothquant` wrote the folder, its clipping is taken over (not
+/// where `own_calibrator`), else the recipe's smoothing is run on the data. Says on stderr what it
+/// did. Throws Error as smooth_model(), and where it needs data and `data` is null.
+SmoothingResult smooth_for(TextModel& model, const Recipe& recipe,
+                           const std::filesystem::path& folder, const TokenDataset* data,
+                           const SmoothingRun& run, bool own_calibrator = false);
+
 /// Removes the state of a search whose result has been written.
 void forget_state(const SmoothingRun& run);
 

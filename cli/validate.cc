@@ -7,8 +7,9 @@ namespace {
 
 struct Options {
   CommonOptions common;
-  std::string model, reference, data;
-  int64_t batch_size = 64;
+  DataOptions data;
+  std::string model, reference;
+  std::optional<int64_t> samples, batch_size;
   double tolerance = 0.05;
 };
 
@@ -33,17 +34,13 @@ nlohmann::ordered_json layers_json(const ValidationReport& report) {
 
 int run(const Options& options) {
   const torch::Device device = options.common.chosen_device();
-  const TokenDataset data = TokenDataset::open(options.data);
   const auto quantized = load_quantized(options.model, device);
   std::shared_ptr<TextModel> reference;
-  if (!options.reference.empty()) {
-    reference = load_text_model(options.reference);
-    VERNIER_CHECK(reference->info.fingerprint == quantized->info.fingerprint, options.reference,
-                  " is not the model that ", options.model, " was made from (fingerprints ",
-                  reference->info.fingerprint, " and ", quantized->info.fingerprint, ")");
-    reference->to(device);
-  }
-  const Comparison comparison = compare_on(reference.get(), *quantized, data, options.batch_size);
+  if (!options.reference.empty()) reference = load_reference(options.reference, *quantized, device);
+  TokenDataset data = options.data.open(reference.get(), "validation");
+  if (options.samples) data = data.share(0, options.samples);
+  const Comparison comparison = compare_on(reference.get(), *quantized, data,
+                                           batch_size_for(*quantized, data, options.batch_size));
   if (options.common.json) {
     nlohmann::ordered_json json;
     json["command"] = "validate";
@@ -55,7 +52,7 @@ int run(const Options& options) {
   } else {
     print_comparison(comparison, options.tolerance);
   }
-  return comparison.validation.passed(options.tolerance) ? kDone : kBoundNotMet;
+  return comparison.passed(options.tolerance) ? kDone : kBoundNotMet;
 }
 
 }  // namespace
@@ -67,9 +64,10 @@ void add_validate(CLI::App& app, Action& action) {
       "hold a quantized model's integer kernels against its fake-quantization, layer by layer");
   command->add_option("--model", options->model, "quantized checkpoint")->required();
   command->add_option("--reference", options->reference, "the float model it was made from");
-  command->add_option("--data", options->data, "data to run, HDF5")->required();
-  command->add_option("--batch-size", options->batch_size, "samples a batch")
-      ->capture_default_str();
+  options->data.add_to(*command, "what to run");
+  command->add_option("--samples", options->samples, "only the first so many samples");
+  command->add_option("--batch-size", options->batch_size,
+                      "samples a batch (default: 64; of causal language models 8192 tokens)");
   command
       ->add_option("--tolerance", options->tolerance,
                    "largest relative difference of the outputs of integer and fake-quant runs")

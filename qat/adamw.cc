@@ -31,10 +31,8 @@ FusedAdamW::FusedAdamW(const torch::nn::Module& model, const AdamWSettings& sett
     const auto quantizer = std::dynamic_pointer_cast<QuantizerImpl>(module);
     if (!quantizer) continue;
     for (const auto& item : quantizer->named_parameters(false)) {
-      VERNIER_CHECK(item.value().numel() > 0,
-                    "a learned range has no value yet: calibrate the model before its optimizer "
-                    "is made");
       ranges.insert(item.value().unsafeGetTensorImpl());
+      if (item.value().numel() == 0) continue;
       if (item.key() == "learned_scale") {
         scales_.push_back(item.value());
       } else {
@@ -54,6 +52,8 @@ FusedAdamW::FusedAdamW(const torch::nn::Module& model, const AdamWSettings& sett
     VERNIER_CHECK(parameter.device() == model.parameters().front().device(), "parameter '",
                   item.key(), "' is on ", parameter.device(), " and others on ",
                   model.parameters().front().device(), ": move the model to one device");
+    // Moments and gradients lie as their tensor does, element for element.
+    if (!parameter.is_contiguous()) parameter.set_data(parameter.detach().contiguous());
     if (ranges.count(parameter.unsafeGetTensorImpl())) continue;
     (parameter.dim() >= 2 ? matrices : vectors).push_back(parameter);
   }

@@ -34,8 +34,8 @@ struct AdamWSettings {
 /// the host wait for a GPU.
 class FusedAdamW {
  public:
-  /// Throws Error when a parameter is not float32, on another device or, being a range, not
-  /// calibrated yet.
+  /// After calibration: ranges without a value, as layers in full precision have them, are left
+  /// out. Throws Error when a parameter is not float32 or on another device.
   FusedAdamW(const torch::nn::Module& model, const AdamWSettings& settings = {});
 
   /// Makes all gradients zero.

@@ -40,9 +40,9 @@ class Snapshot {
 // What a layer's part of the product is made of, beside its codes.
 std::array<Tensor, 6> ingredients(const nn::LinearImpl& layer) {
   const QuantizerImpl& input = *layer.input_quantizer;
-  return {input.scale(),       input.zero_point().value_or(Tensor()),
+  return {input.scale(),     input.zero_point().value_or(Tensor()),
           input.pre_scale(), layer.weight_quantizer->scale(),
-          layer.bias,          layer.weight_codes()};
+          layer.bias,        layer.weight_codes()};
 }
 
 bool runs_integers(const nn::LinearImpl& layer) {
@@ -204,7 +204,7 @@ std::shared_ptr<const LinearGroup::Joint> LinearGroup::join() const {
                    same_values(other.pre_scale(), input.pre_scale()) &&
                    (input.scheme().dynamic || (same_values(other.scale(), input.scale()) &&
                                                same_values(other.zero_point().value_or(Tensor()),
-                                                     input.zero_point().value_or(Tensor()))));
+                                                           input.zero_point().value_or(Tensor()))));
   }
   if (joint->fused) {
     joint->quantization = row_quantization_of(input);

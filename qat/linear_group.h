@@ -30,9 +30,9 @@ torch::Tensor activated(const torch::Tensor& x, Activation activation);
 /// In mode integer the codes of the activation come straight from the operation that makes it, and
 /// all layers multiply them at once: that needs layers that take one input with one scale, integer
 /// schemes (static per_tensor or dynamic per_token), no output quantizer, no chain, no folded batch
-/// norm, no probe and no stand-in. Where that is not so, one layer runs after the other, and in every other mode
-/// as well. Both ways the codes are those of the float32 values of the operation in front and the
-/// outputs the same bits. Outputs of the fused way are slices of one matrix.
+/// norm, no probe and no stand-in. Where that is not so, one layer runs after the other, and in
+/// every other mode as well. Both ways the codes are those of the float32 values of the operation
+/// in front and the outputs the same bits. Outputs of the fused way are slices of one matrix.
 ///
 /// Codes are joined at the first forward after the mode was set, which makes the host wait; then
 /// nothing does. Safe to call from several threads. Copies share what was joined.

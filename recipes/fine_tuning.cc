@@ -339,8 +339,8 @@ void FineTuner::train_step() {
   }
   for (int64_t part = 0; part < settings_.accumulate; ++part) learn_from(batch(part), rows);
   const torch::NoGradGuard no_grad;
-  optimizer_->step(rates_.index_select(0, device_step_).view({}),
-                   range_rates_.index_select(0, device_step_).view({}));
+  optimizer_->step(rates_.index_select(0, device_step_).squeeze(0),
+                   range_rates_.index_select(0, device_step_).squeeze(0));
   device_step_.add_(1);
 }
 

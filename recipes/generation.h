@@ -33,11 +33,12 @@ struct WindowOptions {
 /// training where none is given (Liu et al. 2023, arXiv 2305.17888; Williams et al. 2025, arXiv
 /// 2410.17170).
 ///
-/// Every window has random numbers of its own, made from the seed and its index. On one device equal
-/// options give equal windows; another batch size, number of windows or device changes the
-/// roundings of the logits, and with them now and then a token, but nothing else. Nothing waits for the device until a batch of windows is whole. `progress` is called with
-/// the number of tokens so far. Throws Error when the length is below 2 or above max_length(), and
-/// when the logits are not finite.
+/// Every window has random numbers of its own, made from the seed and its index. On one device
+/// equal options give equal windows; another batch size, number of windows or device changes the
+/// roundings of the logits, and with them now and then a token, but nothing else. Nothing waits for
+/// the device until a batch of windows is whole. `progress` is called with the number of tokens so
+/// far. Throws Error when the length is below 2 or above max_length(), and when the logits are not
+/// finite.
 torch::Tensor sample_windows(CausalLanguageModel& model, const WindowOptions& options = {},
                              const std::function<void(int64_t tokens)>& progress = nullptr);
 

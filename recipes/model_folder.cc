@@ -2,6 +2,7 @@
 #include <vernier/kernels/error.h>
 #include <vernier/qat/layer.h>
 #include <vernier/recipes/model_folder.h>
+#include <vernier/recipes/models/stored_names.h>
 
 #include <algorithm>
 #include <array>
@@ -38,6 +39,8 @@ Json read_config(const TextModel& model, const fs::path& source) {
   VERNIER_CHECK(config.is_object(),
                 source.empty() ? "the model's configuration" : (source / "config.json").string(),
                 " is not a JSON object");
+  VERNIER_CHECK(!config.contains("quantization_config"), source.string(),
+                " is quantized: give the folder of the float model");
   return config;
 }
 
@@ -125,28 +128,31 @@ ModelFolder model_folder(const TextModel& model, const fs::path& source,
 
   std::map<std::string, Tensor> parameters;
   for (const auto& item : model.named_parameters()) parameters.emplace(item.key(), item.value());
-  for (const auto& [name, layer] : quantized_layers(model))
+  for (const auto& [name, layer] : quantized_layers(model)) {
+    VERNIER_CHECK(!layer->input_quantizer || layer->input_quantizer->pre_scale().numel() == 0,
+                  "layer '", name,
+                  "' has factors on its input (smoothing that could not be folded), which a folder "
+                  "has no place for: export a checkpoint");
     for (const auto& [what, quantizer] : layer->quantizers())
       for (const auto& item : quantizer->named_parameters())  // learned scales
         parameters.erase(concat(name, ".", what, "_quantizer.", item.key()));
+  }
+  std::set<std::string> missing;
+  for (const auto& item : parameters) missing.insert(item.first);
   const auto add = [&](const std::string& name, const std::string& parameter) {
-    const auto found = parameters.find(parameter);
-    if (found == parameters.end()) return false;
-    folder.tensors.push_back(of_parameter(model, parameter, found->second, name, folder.dtype));
-    parameters.erase(found);
-    return true;
+    folder.tensors.push_back(
+        of_parameter(model, parameter, parameters.at(parameter), name, folder.dtype));
+    missing.erase(parameter);
   };
   if (!weights) {
-    while (!parameters.empty()) {
-      const std::string name = parameters.begin()->first;
-      add(name, name);
-    }
+    for (const auto& item : parameters) add(item.first, item.first);
     return folder;
   }
   for (const std::string& name : weights->names()) {
-    // Task heads put one component before the names of the bare model.
-    if (add(name, name) || add(name, name.substr(name.find('.') + 1))) {
-      const auto& written = folder.tensors.back().tensor;
+    const std::string parameter = parameter_of(model, name);
+    if (parameters.count(parameter)) {
+      add(name, parameter);
+      const TensorToWrite& written = folder.tensors.back().tensor;
       VERNIER_CHECK(weights->info(name).shape == written.shape, source.string(), ": tensor '", name,
                     "' has shape ", at::IntArrayRef(weights->info(name).shape),
                     " and the model's has ", at::IntArrayRef(written.shape),
@@ -158,7 +164,7 @@ ModelFolder model_folder(const TextModel& model, const fs::path& source,
     folder.tensors.push_back(
         {{name, kept, value.sizes().vec(), [=] { return converted(value, kept, name); }}, ""});
   }
-  VERNIER_CHECK(parameters.empty(), source.string(), " has no tensor '", parameters.begin()->first,
+  VERNIER_CHECK(missing.empty(), source.string(), " has no tensor '", *missing.begin(),
                 "': give the folder that the model was loaded from");
   return folder;
 }

@@ -202,9 +202,11 @@ void save_smoothing_report(const SmoothingResult& result, const Recipe& recipe,
   write_json(report, folder / kReport, 2);
 }
 
+bool is_smoothed(const fs::path& folder) { return fs::exists(folder / kReport); }
+
 int64_t use_reported_clipping(TextModel& model, const fs::path& folder) {
   const fs::path path = folder / kReport;
-  if (!fs::exists(path)) return 0;
+  if (!is_smoothed(folder)) return 0;
   const json report = read_json(path, "report of `vernier smoothquant`");
   SmoothingResult result;
   std::string activations;

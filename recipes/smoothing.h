@@ -44,6 +44,9 @@ SmoothingResult smooth_model(TextModel& model, const Recipe& recipe,
 void save_smoothing_report(const SmoothingResult& result, const Recipe& recipe,
                            const std::filesystem::path& folder);
 
+/// Whether a folder holds such a report.
+bool is_smoothed(const std::filesystem::path& folder);
+
 /// Gives the layers of a model, to which a recipe was applied, the clipping that the report in the
 /// folder it was loaded from holds, where it was found for activations of their scheme. Returns the
 /// number of layers; 0 without a report. Throws Error when the report is damaged or of another

@@ -243,6 +243,8 @@ class Search {
     VERNIER_CHECK(model.proposing >= 1 && model.deciding >= 1,
                   "the search needs samples on both sides, to propose and to decide: give it at "
                   "least two");
+    VERNIER_CHECK(options.refine_average >= 0 && options.refine_average < 1,
+                  "refine_average must be in [0, 1), not ", options.refine_average);
     VERNIER_CHECK(folded_.size() > 0, "the model has no smoothing group with a quantized layer");
     for (size_t i = 0; i < folded_.size(); ++i) make_group(i);
   }
@@ -806,8 +808,9 @@ class Search {
 
   // A group's parameters and what a step computes with them.
   struct Trained {
-    Tensor log_factors, log_keep;  // [channels]; [2], static only
-    Tensor alive;                  // channels that have something to migrate
+    Tensor log_factors, log_keep;    // [channels]; [2], static only
+    Tensor mean_factors, mean_keep;  // of the logarithms, over steps
+    Tensor alive;                    // channels that have something to migrate
     Tensor inverse, scale, zero_point;
     std::vector<Tensor> weights;
   };
@@ -910,9 +913,9 @@ class Search {
     const torch::NoGradGuard no_grad;
     for (size_t g = 0; g < groups_.size(); ++g) {
       Group& group = groups_[g];
-      group.factors = trained[g].log_factors.detach().exp();
+      group.factors = trained[g].mean_factors.exp();
       if (group.ranged) {
-        const Tensor keep = trained[g].log_keep.detach().exp().cpu();
+        const Tensor keep = trained[g].mean_keep.exp().cpu();
         group.choice.keep_low = std::min(1.0, keep[0].item<double>());
         group.choice.keep_high = std::min(1.0, keep[1].item<double>());
       }
@@ -1008,8 +1011,18 @@ class Search {
     }
     adam.step();
     const torch::NoGradGuard no_grad;
-    for (Trained& mine : trained)
-      if (mine.log_keep.defined()) mine.log_keep.clamp_(std::log(0.02), 0.0);
+    // Bits that go to and fro between two codes would decide about a single step.
+    const double decay = options_.refine_average;
+    const double newest = (1 - decay) / (1 - std::pow(decay, static_cast<double>(step + 1)));
+    const auto average = [&](Tensor& mean, const Tensor& now) {
+      mean = mean.defined() ? mean + newest * (now.detach() - mean) : now.detach().clone();
+    };
+    for (Trained& mine : trained) {
+      average(mine.mean_factors, mine.log_factors);
+      if (!mine.log_keep.defined()) continue;
+      mine.log_keep.clamp_(std::log(0.02), 0.0);
+      average(mine.mean_keep, mine.log_keep);
+    }
     return true;
   }
 

@@ -86,6 +86,9 @@ struct SearchOptions {
   double least_gain = 1e-3;    ///< share of the loss below which a change is not worth having
   int64_t refine_steps = 100;  ///< of gradient descent on factors and clipping, at most; 0: none
   double refine_rate = 0.01;   ///< its learning rate, of logarithms
+  /// What is taken from it is an average over steps, each counting this much less than the next; 0:
+  /// the last step alone.
+  double refine_average = 0.8;
   std::optional<torch::Dtype> storage;  ///< where the smoothed weights have to be finite
   /// For the float model's log-probabilities; beyond, they are computed anew each time.
   int64_t cache_bytes = int64_t{2} << 30;

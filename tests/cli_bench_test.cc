@@ -126,8 +126,7 @@ TEST(CliBench, ReadsPrompts) {
     implementations.insert(row["implementation"]);
     EXPECT_NEAR(row["tokens_a_second"].get<double>() * row["us"].get<double>(), 3 * 17 * 1e6, 1e5);
   }
-  EXPECT_EQ(implementations,
-            (std::set<std::string>{"bf16", "vernier", "vernier, per token"}));
+  EXPECT_EQ(implementations, (std::set<std::string>{"bf16", "vernier", "vernier, per token"}));
 }
 
 TEST(CliBench, DrawsAndPrints) {

@@ -241,8 +241,10 @@ TEST_F(FineTuning, ResumesOnlyWhatWasBegun) {
   FineTuningSettings settings = short_training(4);
   settings.rate = 1e-3;
   EXPECT_CONTAINS(resumed(data_, settings), "another lr");
-  for (const auto& [name, value] : same.parameters())
-    if (name.find("learned") == std::string::npos) EXPECT_TRUE(value.equal(before.at(name)));
+  for (const auto& [name, value] : same.parameters()) {
+    if (name.find("learned") != std::string::npos) continue;  // passed through their logarithms
+    EXPECT_TRUE(value.equal(before.at(name))) << name;
+  }
   TunedModel eight(folder(), data_,
                    "name: x\nweights: {bits: 8, ranges: learned}\n"
                    "activations: {bits: 8, granularity: per_token}\n");
@@ -259,7 +261,7 @@ TEST_F(FineTuning, ARateTooHighIsAnError) {
   settings.rate = 1e30;
   settings.warmup = 0;
   FineTuner tuner(*tuned.model, *tuned.reference, data_, settings);
-  EXPECT_CONTAINS(message_of([&] { train(tuner); }), "lower the learning rates");
+  EXPECT_CONTAINS(message_of([&] { train(tuner); }), "learning rate");
 }
 
 TEST(FineTuningRecipe, Training) {

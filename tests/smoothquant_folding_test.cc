@@ -67,8 +67,8 @@ TEST(SmoothquantFolding, FactorsLeaveTheToyTheSameAndGoWithoutATrace) {
 class SmoothquantFamilies : public ::testing::TestWithParam<const char*> {};
 
 INSTANTIATE_TEST_SUITE_P(Fixtures, SmoothquantFamilies, ::testing::ValuesIn(testing::kFamilies),
-                         [](const auto& info) {
-                           std::string name = info.param;
+                         [](const auto& which) {
+                           std::string name = which.param;
                            std::erase(name, '-');
                            return name;
                          });

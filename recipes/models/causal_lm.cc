@@ -99,8 +99,7 @@ Tensor CausalLanguageModel::logits(const Tensor& hidden) {
   return torch::nn::functional::linear(hidden, embedding_->weight);
 }
 
-std::shared_ptr<KeyValueCache> CausalLanguageModel::make_cache(int64_t sequences,
-                                                               int64_t capacity,
+std::shared_ptr<KeyValueCache> CausalLanguageModel::make_cache(int64_t sequences, int64_t capacity,
                                                                CacheFormat format) const {
   VERNIER_CHECK(capacity <= sizes_.positions, "a cache of ", capacity,
                 " tokens is longer than the model's ", sizes_.positions, " positions");

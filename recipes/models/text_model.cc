@@ -7,6 +7,8 @@
 #include <vernier/recipes/models/gpt_neox.h>
 #include <vernier/recipes/models/llama.h>
 #include <vernier/recipes/models/opt.h>
+#include <vernier/recipes/models/quantized_folder.h>
+#include <vernier/recipes/models/stored_names.h>
 #include <vernier/recipes/models/text_model.h>
 #include <nlohmann/json.hpp>
 
@@ -14,6 +16,7 @@
 #include <fstream>
 #include <map>
 #include <numeric>
+#include <set>
 #include <sstream>
 
 namespace vernier {
@@ -75,6 +78,36 @@ std::string read_text(const fs::path& path) {
   return text.str();
 }
 
+// Gives the layers that a folder has quantized their codes and scales, and takes their weights off
+// `stored_name`. Returns the weights' names.
+std::set<std::string> load_layers(TextModel& model, const QuantizedFolder& quantized,
+                                  const SafetensorsFolder& weights,
+                                  std::map<std::string, std::string>& stored_name,
+                                  const fs::path& folder) {
+  std::set<std::string> loaded, prefixes;
+  for (const auto& [name, layer] : quantized_layers(model)) {
+    const auto found = stored_name.find(name + ".weight");
+    const std::string dtype = found == stored_name.end() ? "" : weights.info(found->second).dtype;
+    layer->set_quantized(dtype == "I8" || dtype == "F8_E4M3");
+    if (!layer->quantized()) continue;
+    try {
+      quantized.load_layer(name, *layer, weights, found->second);
+    } catch (const Error& error) {
+      throw Error(concat(folder.string(), ": layer '", name, "': ", error.what()));
+    }
+    loaded.insert(found->first);
+    prefixes.insert(found->second.substr(0, found->second.rfind('.')));
+    stored_name.erase(found);
+  }
+  for (const std::string& name : weights.names())
+    VERNIER_CHECK(
+        !QuantizedFolder::is_scale(name) || prefixes.count(name.substr(0, name.rfind('.'))),
+        folder.string(), ": tensor '", name, "' is of no layer with quantized weights");
+  VERNIER_CHECK(!loaded.empty(), folder.string(),
+                ": config.json says that it is quantized, and no layer is");
+  return loaded;
+}
+
 std::shared_ptr<TextModel> load_folder(const fs::path& folder) {
   const fs::path config_path = folder / "config.json";
   CheckpointInfo info;
@@ -87,10 +120,22 @@ std::shared_ptr<TextModel> load_folder(const fs::path& folder) {
                 config_path.string(), " names no single architecture in 'architectures'");
   info.architecture = names->front().get<std::string>();
   const Family& family = family_of(info.architecture, config_path.string());
+  std::optional<QuantizedFolder> quantized;
+  try {
+    quantized = QuantizedFolder::of(config);
+  } catch (const Error& error) {
+    throw Error(concat(config_path.string(), ": ", error.what()));
+  }
+  if (quantized) {  // what follows is of the model, not of how it is stored
+    auto plain = nlohmann::ordered_json::parse(info.config);
+    plain.erase("quantization_config");
+    info.config = plain.dump(2);
+  }
   const SafetensorsFolder weights = SafetensorsFolder::open(folder);
   std::map<std::string, std::string> stored_name;  // by the parameter's
   TensorShapes shapes;
   for (const std::string& name : weights.names()) {
+    if (quantized && QuantizedFolder::is_scale(name)) continue;
     const auto [item, added] =
         stored_name.emplace(family.parameter_name ? family.parameter_name(name) : name, name);
     if (!added) continue;
@@ -103,7 +148,10 @@ std::shared_ptr<TextModel> load_folder(const fs::path& folder) {
   const std::string stored_embedding = family.embedding ? stored_name.at(family.embedding) : "";
 
   const torch::NoGradGuard no_grad;
+  std::set<std::string> loaded;
+  if (quantized) loaded = load_layers(*model, *quantized, weights, stored_name, folder);
   for (auto& item : model->named_parameters()) {
+    if (loaded.count(item.key())) continue;
     const auto found = stored_name.find(item.key());
     VERNIER_CHECK(found != stored_name.end(), folder.string(), ": tensor '", item.key(),
                   "' is missing from the safetensors files");
@@ -131,6 +179,14 @@ std::shared_ptr<TextModel> load_folder(const fs::path& folder) {
                   "' has no place in a ", info.architecture);
   }
   model->info.fingerprint = fingerprint_of(*model);
+  if (quantized) {
+    model->info.recipe = "compressed-tensors";
+    try {
+      set_mode(*model, Mode::integer);
+    } catch (const Error& error) {
+      throw Error(concat(folder.string(), ": ", error.what()));
+    }
+  }
   return model;
 }
 
@@ -151,6 +207,14 @@ std::shared_ptr<TextModel> load_text_model(const fs::path& path) {
   auto model = make_model(checkpoint.info(), checkpoint.tensor_shapes(), path.string());
   checkpoint.load_into(*model);
   return model;
+}
+
+std::string parameter_of(const TextModel& model, const std::string& stored) {
+  const Family& family = family_of(model.info.architecture, "the model");
+  const std::string name = family.parameter_name ? family.parameter_name(stored) : stored;
+  const auto parameters = model.named_parameters();
+  if (parameters.contains(name)) return name;
+  return family.output && name == family.output ? family.embedding : "";
 }
 
 std::string fingerprint_of(const TextModel& model) {

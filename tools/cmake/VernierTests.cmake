@@ -66,10 +66,20 @@ set(venv_python "${PROJECT_SOURCE_DIR}/.deps/venv/bin/python")
 if(EXISTS "${venv_python}")
   add_test(NAME text_to_tokens_test COMMAND "${venv_python}" "${PROJECT_SOURCE_DIR}/tests/text_to_tokens_test.py")
   set_tests_properties(text_to_tokens_test PROPERTIES LABELS python SKIP_RETURN_CODE 77 TIMEOUT 600)
+  if(TARGET vernier_cli)
+    add_test(NAME reference_perplexity_test COMMAND "${venv_python}" "${PROJECT_SOURCE_DIR}/tests/reference_perplexity_test.py")
+    set_tests_properties(reference_perplexity_test PROPERTIES LABELS python SKIP_RETURN_CODE 77 TIMEOUT 3600
+                         ENVIRONMENT "VERNIER_PROGRAM=$<TARGET_FILE:vernier_cli>")
+  endif()
   # torch.ops.vernier. `import torch` loads all of CUDA's libraries, which a machine without nvcc does not get.
   add_test(NAME python_ops_test
            COMMAND sh -c "\"$0\" -c 'import torch' 2>/dev/null || { echo 'skipped: Python cannot import torch here'; exit 77; }; exec \"$0\" \"$@\""
            "${venv_python}" "${PROJECT_SOURCE_DIR}/tests/python_ops_test.py")
   set_tests_properties(python_ops_test PROPERTIES LABELS python SKIP_RETURN_CODE 77 TIMEOUT 600
                        ENVIRONMENT "VERNIER_LIBRARY=$<TARGET_FILE:vernier>")
+  # What transformers makes of folders that the program writes.
+  add_test(NAME compressed_tensors_test
+           COMMAND "${venv_python}" "${PROJECT_SOURCE_DIR}/tests/compressed_tensors_test.py")
+  set_tests_properties(compressed_tensors_test PROPERTIES LABELS python SKIP_RETURN_CODE 77 TIMEOUT 1200
+                       ENVIRONMENT "VERNIER_PROGRAM=$<TARGET_FILE:vernier_cli>")
 endif()
