@@ -6,6 +6,8 @@
 #include <vernier/kernels/error.h>
 #include <vernier/recipes/models/causal_lm.h>
 #include <vernier/recipes/models/family.h>
+#include <vernier/recipes/models/gpt2.h>
+#include <vernier/recipes/models/gpt_neox.h>
 #include <vernier/recipes/models/llama.h>
 #include <vernier/recipes/models/opt.h>
 #include <nlohmann/json.hpp>
@@ -26,11 +28,9 @@ struct Made {
 };
 
 Made make(const Family& family, const nlohmann::json& more) {
-  nlohmann::json config = {{"hidden_size", 64},
-                           {"num_hidden_layers", 2},
-                           {"num_attention_heads", 4},
-                           {"vocab_size", 50},
-                           {"max_position_embeddings", 32}};
+  nlohmann::json config = {
+      {"hidden_size", 64}, {"num_hidden_layers", 2},        {"num_attention_heads", 4},
+      {"vocab_size", 50},  {"max_position_embeddings", 32}, {"tie_word_embeddings", true}};
   config.update(more);
   return {concat(family.architecture, " ", more.dump()),
           std::dynamic_pointer_cast<CausalLanguageModel>(family.make(config))};
@@ -43,6 +43,12 @@ std::vector<Made> models() {
   for (const Family& family : llama_families()) all.push_back(make(family, gated));
   for (const bool norm_first : {true, false})
     all.push_back(make(opt_family(), {{"ffn_dim", 96}, {"do_layer_norm_before", norm_first}}));
+  for (const bool parallel : {true, false})
+    all.push_back(make(
+        gpt_neox_family(),
+        {{"intermediate_size", 96}, {"rotary_pct", 0.25}, {"use_parallel_residual", parallel}}));
+  all.push_back(
+      make(gpt2_family(), {{"n_embd", 64}, {"n_layer", 2}, {"n_head", 4}, {"n_positions", 32}}));
   for (const Made& made : all) {
     made.model->eval();
     // Larger than models begin with, so that attention is not uniform.
