@@ -16,7 +16,7 @@ struct Options {
   CommonOptions common;
   DtypeOption dtype;
   GenerationOptions generation;
-  std::string model, mode, data, tokenizer;
+  std::string model, mode, data, tokenizer, cache = "full";
   std::vector<std::string> prompts, prompt_ids;
   std::optional<int64_t> samples, prompt_length;
   std::vector<int64_t> stop;
@@ -136,6 +136,7 @@ int run(const Options& options) {
   if (prompts.empty()) prompts = {{predicting.start_token()}};
 
   GenerationOptions generation = options.generation;
+  generation.cache = cache_format_from_string(options.cache);
   if (!options.ignore_stop)
     generation.stop = options.stop.empty() ? stop_tokens(*model) : options.stop;
   Generation result;
@@ -186,6 +187,11 @@ void add_generate(CLI::App& app, Action& action) {
   command->add_option("--eos", options->stop,
                       "tokens that end a text (default: eos_token_id of the configuration)");
   command->add_flag("--ignore-eos", options->ignore_stop, "go on to --max-tokens");
+  command
+      ->add_option("--kv-cache", options->cache,
+                   "full: in the model's dtype; int8: a scale for every token and head")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"full", "int8"}));
   command->add_option("--batch-size", generation.batch_size, "prompts of equal length at a time")
       ->capture_default_str();
   options->dtype.add_to(*command);

@@ -79,11 +79,12 @@ Choice choose(const Tensor& logits, const Sampling& sampling, const Tensor& unif
 int64_t windows_at_a_time(CausalLanguageModel& model, const WindowOptions& options,
                           torch::Device device) {
   if (options.batch_size > 0) return std::min(options.batch_size, options.count);
-  constexpr int64_t kMost = 256, kGiB = int64_t{1} << 30;
+  // A step of few windows is bound on a GPU by its launches, whatever the model's size.
+  const int64_t most = device.is_cpu() ? 256 : 4096;
   const int64_t cache = model.make_cache(1, 1)->bytes() * options.length;
   const int64_t logits = model.vocabulary() * 6 * static_cast<int64_t>(sizeof(double));
-  const int64_t budget = (device.is_cpu() ? 1 : 4) * kGiB;
-  return std::min({std::max<int64_t>(1, budget / (cache + logits)), kMost, options.count});
+  const int64_t budget = (device.is_cpu() ? int64_t{1} : int64_t{8}) << 30;
+  return std::min({std::max<int64_t>(1, budget / (cache + logits)), most, options.count});
 }
 
 // Continues texts of one length together.

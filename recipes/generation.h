@@ -24,7 +24,7 @@ struct WindowOptions {
   int64_t length = 512;
   uint64_t seed = 0;
   double temperature = 1;
-  /// Windows at a time; 0: as many, up to 256, as keep caches and logits within some GB.
+  /// Windows at a time; 0: as many as keep caches and logits within some GB.
   int64_t batch_size = 0;
 };
 

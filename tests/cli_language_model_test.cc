@@ -159,6 +159,7 @@ TEST_F(CliLanguageModelTest, GenerateContinuesPrompts) {
   EXPECT_NE(ids(sampled), ids({"--temperature", "2", "--seed", "6"}));
   EXPECT_EQ(ids(sampled + Arguments{"--top-k", "1"}), whole);
   EXPECT_EQ(ids({}, "model.h5").size(), 12u);
+  EXPECT_EQ(ids({"--kv-cache", "int8"}).size(), 12u);
   EXPECT_EQ(ids({"--mode", "fake_quant"}, "model.h5").size(), 12u);
 
   const Json rows = run_json(generate({"--data", path("tokens.h5"), "--samples", "3",
