@@ -109,8 +109,9 @@ TEST_F(CliLanguageModelTest, EvalGivesTheLibrarysPerplexityInEveryMode) {
     const Arguments in_mode = tokens + Arguments{"--mode", mode};
     const double found = value(eval(path("model.h5"), "perplexity", in_mode));
     EXPECT_NEAR(found / exact, 1, 0.2) << mode;
-    if (std::string(mode) != "float")
+    if (std::string(mode) != "float") {
       EXPECT_NEAR(found / quantized_[mode].get<double>(), 1, 1e-3) << mode;
+    }
   }
   const Arguments share = tokens + Arguments{"--first", "3", "--samples", "5"};
   EXPECT_NEAR(value(eval(path("model"), "perplexity", share)) /
