@@ -144,8 +144,7 @@ TEST(SmoothquantFolding, WhatDoesNotFitIsRefusedAndChangesNothing) {
   groups[1].source.pop_back();
   EXPECT_CONTAINS(message_of([&] { FoldedFactors(toy, groups); }), "sources");
 
-  toy.up->weight = toy.up->register_parameter("weight", toy.embedding->weight.detach());
-  groups = toy.groups();
+  toy.up->weight.set_data(toy.embedding->weight.detach());
   EXPECT_CONTAINS(message_of([&] {
                     FoldedFactors(toy, {{"up", std::nullopt, {"up"}, {}}});
                   }),
