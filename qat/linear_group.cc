@@ -59,7 +59,7 @@ bool is_plain(const nn::LinearImpl& layer) {
   const Scheme& scheme = settings.scheme;
   if (scheme.dynamic)
     return scheme.granularity == Granularity::per_token && scheme.symmetric &&
-           settings.policy == RangePolicy::frozen;
+           !layer.input_quantizer->clips();
   return scheme.granularity == Granularity::per_tensor &&
          settings.policy != RangePolicy::following &&
          // The codes' zero point is made of the parameter anew each time.

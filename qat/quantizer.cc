@@ -112,6 +112,7 @@ void QuantizerImpl::reset() {
   average_ = register_buffer("average", torch::empty({0}, torch::kFloat));
   pre_scale_ = register_buffer("pre_scale", torch::empty({0}, torch::kFloat));
   register_learned();
+  clear();
   observer_ = std::make_shared<Observer>();
 }
 
@@ -137,6 +138,7 @@ void QuantizerImpl::clear() {
     tensor->mutable_grad() = Tensor();
     tensor->set_data(scale_.new_empty({0}));
   }
+  // The factor of dynamic scales is there from the start.
   if (learns() && settings_.scheme.dynamic) learned_scale_.set_data(scale_.new_ones({1}));
 }
 

@@ -808,7 +808,7 @@ class Search {
 
   // A group's parameters and what a step computes with them.
   struct Trained {
-    Tensor log_factors, log_keep;    // [channels]; [2], static only
+    Tensor log_factors, log_keep;    // [channels]; of both ends, or [1] symmetric; static only
     Tensor mean_factors, mean_keep;  // of the logarithms, over steps
     Tensor alive;                    // channels that have something to migrate
     Tensor inverse, scale, zero_point;
@@ -836,7 +836,7 @@ class Search {
     const Tensor high = torch::where(group.high.isfinite(), group.high, 0.0).clamp_min(0);
     const Tensor keep = trained.log_keep.exp();
     const Tensor least = (low * trained.inverse).amin() * keep[0];
-    const Tensor most = (high * trained.inverse).amax() * keep[1];
+    const Tensor most = (high * trained.inverse).amax() * keep[-1];
     const auto qmax = static_cast<double>(scheme.qmax()), qmin = static_cast<double>(scheme.qmin());
     if (group.symmetric) {
       trained.scale = torch::maximum(-least, most).clamp_min(1e-30).reshape({1}) / qmax;
@@ -917,7 +917,7 @@ class Search {
       if (group.ranged) {
         const Tensor keep = trained[g].mean_keep.exp().cpu();
         group.choice.keep_low = std::min(1.0, keep[0].item<double>());
-        group.choice.keep_high = std::min(1.0, keep[1].item<double>());
+        group.choice.keep_high = std::min(1.0, keep[-1].item<double>());
       }
       install(group);
     }
@@ -938,10 +938,10 @@ class Search {
       mine.alive = torch::logical_or(factors_of(group, 0.3).ne(1), factors_of(group, 0.7).ne(1))
                        .to(torch::kFloat);
       if (group.ranged) {
-        mine.log_keep = torch::tensor({static_cast<float>(std::log(group.choice.keep_low)),
-                                       static_cast<float>(std::log(group.choice.keep_high))},
-                                      group.low.options())
-                            .requires_grad_(true);
+        std::vector<float> keep = {static_cast<float>(std::log(group.choice.keep_low)),
+                                   static_cast<float>(std::log(group.choice.keep_high))};
+        if (group.symmetric) keep.pop_back();
+        mine.log_keep = torch::tensor(keep, group.low.options()).requires_grad_(true);
         parameters.push_back(mine.log_keep);
       }
       trained.push_back(std::move(mine));

@@ -226,7 +226,8 @@ TEST_F(QatQuantizer, ContradictingSettingsAreRefused) {
   const Scheme per_token = {.granularity = Granularity::per_token, .dynamic = true};
   const std::pair<QuantizerSettings, const char*> cases[] = {
       {learned(fp8_scheme(NumberFormat::e4m3)), "cannot be learned"},
-      {learned(per_token), "static scheme"},
+      {averaged(per_token), "static scheme"},
+      {learned({.dynamic = true}), "a clip of integers per_token"},
       {following(asymmetric_scheme(8)), "symmetric"},
       {{symmetric_scheme(8), {CalibrationMethod::mse}, RangePolicy::following}, "min_max"},
       {averaged(symmetric_scheme(8, Granularity::per_group, 4)), "per_group"},

@@ -432,7 +432,7 @@ TEST_F(QatTest, QuantizersRefuseWhatIsNoScale) {
       {set(asymmetric, one, zero + 128), "[-128, 127]"},
       {set(asymmetric, one, zero.to(torch::kLong)), "int32"},
       {set(asymmetric, one, torch::zeros({2}, torch::kInt)), "one a scale"},
-      {set(dynamic, one), "dynamic"},
+      {set(dynamic, torch::ones({2})), "one factor"},
       {[&] {
          symmetric->set_ranges({{0, kInf}}, torch::kCPU);
        },

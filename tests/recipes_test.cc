@@ -171,7 +171,7 @@ TEST_F(RecipesTest, RecipesAreReadFromFiles) {
   write_bytes(folder_ / "mine.yaml", yaml("", ""));
   EXPECT_EQ(load_recipe(folder_ / "mine.yaml").name, "x");
   EXPECT_CONTAINS(message_of([] { load_recipe("w8a8"); }), "unknown recipe 'w8a8': use ");
-  EXPECT_CONTAINS(message_of([] { load_recipe("w8a8"); }), "w8a8-dynamic, w8a8-static");
+  EXPECT_CONTAINS(message_of([] { load_recipe("w8a8"); }), "qat-w8a8, w8a8-dynamic, ");
   EXPECT_CONTAINS(message_of([&] { load_recipe(folder_ / "none.yaml"); }), "cannot be read");
   write_bytes(folder_ / "broken.yml", "name: [");
   EXPECT_CONTAINS(message_of([&] { load_recipe(folder_ / "broken.yml"); }),
