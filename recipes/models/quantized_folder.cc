@@ -133,8 +133,9 @@ const QuantizedFolder::Group& QuantizedFolder::group_of(const std::string& layer
   throw Error("quantization_config: no group has it as a target");
 }
 
-void QuantizedFolder::load_layer(const std::string& name, QuantizedLayer& layer,
-                                 const SafetensorsFolder& folder, const std::string& weight) const {
+void QuantizedFolder::load_layer(const TextModel& model, const std::string& name,
+                                 QuantizedLayer& layer, const SafetensorsFolder& folder,
+                                 const std::string& weight) const {
   const std::string prefix = weight.substr(0, weight.size() - std::string("weight").size());
   const Group& group = group_of(name);
   QuantizerSettings weights, inputs;
@@ -147,9 +148,14 @@ void QuantizedFolder::load_layer(const std::string& name, QuantizedLayer& layer,
                 "weight_zero_point': asymmetric weights are not implemented");
   layer.weight_quantizer->set_settings(weights);
   const bool channels = weights.scheme.granularity == Granularity::per_channel;
-  layer.weight_quantizer->set_scale(
-      scale_tensor(folder, prefix + "weight_scale", channels ? layer.float_weight().size(0) : 1),
-      std::nullopt);
+  Tensor scale =
+      scale_tensor(folder, prefix + "weight_scale", channels ? layer.float_weight().size(0) : 1);
+  // As the family's folders order the rows, so do those of the scales.
+  if (channels) {
+    const Tensor rows = scale.unsqueeze(1).expand(layer.float_weight().sizes()).contiguous();
+    scale = model.from_stored(name + ".weight", rows).select(1, 0).contiguous();
+  }
+  layer.weight_quantizer->set_scale(scale, std::nullopt);
   layer.input_quantizer->set_settings(inputs);
   if (!inputs.scheme.dynamic) {
     std::optional<Tensor> zero_point;
@@ -163,7 +169,7 @@ void QuantizedFolder::load_layer(const std::string& name, QuantizedLayer& layer,
     }
     layer.input_quantizer->set_scale(scale_tensor(folder, prefix + "input_scale", 1), zero_point);
   }
-  layer.load_weight_codes(folder.tensor(weight).clone());
+  layer.load_weight_codes(model.from_stored(name + ".weight", folder.tensor(weight)).clone());
 }
 
 }  // namespace vernier

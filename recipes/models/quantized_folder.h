@@ -3,6 +3,7 @@
 
 #include <vernier/export/safetensors.h>
 #include <vernier/qat/layer.h>
+#include <vernier/recipes/models/text_model.h>
 #include <nlohmann/json.hpp>
 
 #include <map>
@@ -22,11 +23,11 @@ class QuantizedFolder {
   /// Whether a stored tensor is a scale or a zero point: no parameter of the model.
   static bool is_scale(const std::string& stored);
 
-  /// Gives a layer the codes of the stored tensor `weight` and the scales beside it, and leaves it
-  /// calibrated. Throws Error when scales are missing, of another shape than the layer's group
-  /// says, or none, or the group is not implemented.
-  void load_layer(const std::string& name, QuantizedLayer& layer, const SafetensorsFolder& folder,
-                  const std::string& weight) const;
+  /// Gives a layer of the model the codes of the stored tensor `weight` and the scales beside it,
+  /// and leaves it calibrated. Throws Error when scales are missing, of another shape than the
+  /// layer's group says, or none, or the group is not implemented.
+  void load_layer(const TextModel& model, const std::string& name, QuantizedLayer& layer,
+                  const SafetensorsFolder& folder, const std::string& weight) const;
 
  private:
   struct Group {

@@ -91,7 +91,7 @@ std::set<std::string> load_layers(TextModel& model, const QuantizedFolder& quant
     layer->set_quantized(dtype == "I8" || dtype == "F8_E4M3");
     if (!layer->quantized()) continue;
     try {
-      quantized.load_layer(name, *layer, weights, found->second);
+      quantized.load_layer(model, name, *layer, weights, found->second);
     } catch (const Error& error) {
       throw Error(concat(folder.string(), ": layer '", name, "': ", error.what()));
     }
