@@ -5,7 +5,6 @@
 #include <vernier/recipes/fine_tuning.h>
 #include <vernier/recipes/language_model.h>
 #include <vernier/recipes/model_folder.h>
-#include <vernier/recipes/token_source.h>
 
 #include <csignal>
 
@@ -71,12 +70,11 @@ TokenDataset open_data(const Options& options, const FineTuningSettings& setting
   VERNIER_CHECK(!options.data.empty() || dynamic_cast<CausalLanguageModel*>(&reference),
                 reference.info.architecture,
                 " makes no text of its own to learn from: give training data with --data");
-  std::optional<Progress> bar;
-  return open_tokens(data_spec(options, settings), &reference,
-                     {options.window_length, settings.seed}, [&](int64_t done, int64_t total) {
-                       if (!bar) bar.emplace("sampling tokens", total);
-                       bar->update(done);
-                     });
+  DataOptions source;
+  source.data = data_spec(options, settings);
+  source.window_length = options.window_length;
+  source.seed = settings.seed;
+  return source.open(&reference, "training");
 }
 
 volatile std::sig_atomic_t interrupted = 0;
@@ -213,7 +211,7 @@ int run(const Options& options) {
   if (before_training) {
     json["perplexity_float"] = *before_quantization;
     json["perplexity_before"] = *before_training;
-    json["perplexity_after"] = *perplexity_of(*quantized, judged);
+    json["perplexity_after"] = *comparison.integer.perplexity;
   }
   json.update(comparison_json(comparison, options.tolerance));
   if (options.common.json) {
@@ -225,7 +223,7 @@ int run(const Options& options) {
                     fixed(json["perplexity_after"], 4)}});
     print_comparison(comparison, options.tolerance);
   }
-  return comparison.validation.passed(options.tolerance) ? kDone : kBoundNotMet;
+  return comparison.passed(options.tolerance) ? kDone : kBoundNotMet;
 }
 
 }  // namespace
