@@ -299,6 +299,15 @@ Activation read_activation(const ConfigReader& config, const char* field, const 
   return name == "silu" || name == "swish" ? Activation::silu : Activation::gelu_tanh;
 }
 
+PlainMlp::PlainMlp(int64_t hidden, int64_t intermediate, Activation between, const char* first_name,
+                   const char* second_name)
+    : activation(between) {
+  first = register_module(first_name, make_linear(hidden, intermediate));
+  second = register_module(second_name, make_linear(intermediate, hidden));
+  input = LinearGroup({first});
+  output = LinearGroup({second});
+}
+
 // ---- Smoothing groups ---------------------------------------------------------------------------
 
 SmoothingGroup norm_group(const std::string& name, const std::shared_ptr<torch::nn::Module>& norm,

@@ -167,6 +167,21 @@ torch::nn::LayerNorm make_layer_norm(int64_t size, double epsilon = 1e-5);
 /// is not implemented.
 Activation read_activation(const ConfigReader& config, const char* field, const char* otherwise);
 
+/// Two linears with an activation between them, under the names that a family gives them.
+struct PlainMlp : torch::nn::Module {
+  PlainMlp(int64_t hidden, int64_t intermediate, Activation activation, const char* first_name,
+           const char* second_name);
+
+  /// Of what `input` gives.
+  torch::Tensor forward(const std::vector<torch::Tensor>& fed) {
+    return output.of_activation(fed[0], activation)[0];
+  }
+
+  Activation activation;
+  nn::Linear first{nullptr}, second{nullptr};
+  LinearGroup input, output;
+};
+
 // ---- Smoothing groups ---------------------------------------------------------------------------
 
 /// The group of a norm and the layers that read it.

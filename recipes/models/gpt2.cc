@@ -54,30 +54,13 @@ struct SelfAttention : torch::nn::Module {
   LinearGroup input, output;
 };
 
-struct Mlp : torch::nn::Module {
-  explicit Mlp(const Gpt2Config& c) : activation(c.activation) {
-    c_fc = register_module("c_fc", make_linear(c.hidden, c.intermediate));
-    c_proj = register_module("c_proj", make_linear(c.intermediate, c.hidden));
-    input = LinearGroup({c_fc});
-    output = LinearGroup({c_proj});
-  }
-
-  // Of what `input` gives.
-  Tensor forward(const std::vector<Tensor>& fed) {
-    return output.of_activation(fed[0], activation)[0];
-  }
-
-  Activation activation;
-  nn::Linear c_fc{nullptr}, c_proj{nullptr};
-  LinearGroup input, output;
-};
-
 struct Layer : torch::nn::Module {
   explicit Layer(const Gpt2Config& c) {
     ln_1 = register_module("ln_1", make_layer_norm(c.hidden, c.epsilon));
     attn = register_module("attn", std::make_shared<SelfAttention>(c));
     ln_2 = register_module("ln_2", make_layer_norm(c.hidden, c.epsilon));
-    mlp = register_module("mlp", std::make_shared<Mlp>(c));
+    mlp = register_module("mlp", std::make_shared<PlainMlp>(c.hidden, c.intermediate, c.activation,
+                                                            "c_fc", "c_proj"));
   }
 
   Stream forward(const Stream& before, const Sequences& sequences, int64_t layer) {
@@ -89,7 +72,7 @@ struct Layer : torch::nn::Module {
 
   torch::nn::LayerNorm ln_1{nullptr}, ln_2{nullptr};
   std::shared_ptr<SelfAttention> attn;
-  std::shared_ptr<Mlp> mlp;
+  std::shared_ptr<PlainMlp> mlp;
 };
 
 // "transformer" in the names of parameters.
@@ -155,7 +138,7 @@ class Gpt2 : public CausalLanguageModel {
       groups.push_back(linear_group(name + "attn.c_attn", layer->attn->c_attn, name + "attn.c_proj",
                                     {}, 2 * config_.hidden, config_.hidden));
       groups.push_back(norm_group(name + "ln_2", layer->ln_2.ptr(), {name + "mlp.c_fc"}));
-      groups.push_back(activation_group(name + "mlp.c_fc", layer->mlp->c_fc, config_.activation,
+      groups.push_back(activation_group(name + "mlp.c_fc", layer->mlp->first, config_.activation,
                                         name + "mlp.c_proj"));
     }
     return groups;

@@ -61,28 +61,11 @@ struct SelfAttention : torch::nn::Module {
   LinearGroup input, output;
 };
 
-struct Mlp : torch::nn::Module {
-  explicit Mlp(const NeoxConfig& c) : activation(c.activation) {
-    dense_h_to_4h = register_module("dense_h_to_4h", make_linear(c.hidden, c.intermediate));
-    dense_4h_to_h = register_module("dense_4h_to_h", make_linear(c.intermediate, c.hidden));
-    input = LinearGroup({dense_h_to_4h});
-    output = LinearGroup({dense_4h_to_h});
-  }
-
-  // Of what `input` gives.
-  Tensor forward(const std::vector<Tensor>& fed) {
-    return output.of_activation(fed[0], activation)[0];
-  }
-
-  Activation activation;
-  nn::Linear dense_h_to_4h{nullptr}, dense_4h_to_h{nullptr};
-  LinearGroup input, output;
-};
-
 struct Layer : torch::nn::Module {
   explicit Layer(const NeoxConfig& c) : parallel(c.parallel) {
     attention = register_module("attention", std::make_shared<SelfAttention>(c));
-    mlp = register_module("mlp", std::make_shared<Mlp>(c));
+    mlp = register_module("mlp", std::make_shared<PlainMlp>(c.hidden, c.intermediate, c.activation,
+                                                            "dense_h_to_4h", "dense_4h_to_h"));
     input_layernorm = register_module("input_layernorm", make_layer_norm(c.hidden, c.epsilon));
     post_attention_layernorm =
         register_module("post_attention_layernorm", make_layer_norm(c.hidden, c.epsilon));
@@ -101,7 +84,7 @@ struct Layer : torch::nn::Module {
 
   bool parallel;
   std::shared_ptr<SelfAttention> attention;
-  std::shared_ptr<Mlp> mlp;
+  std::shared_ptr<PlainMlp> mlp;
   torch::nn::LayerNorm input_layernorm{nullptr}, post_attention_layernorm{nullptr};
 };
 
@@ -172,7 +155,7 @@ class GptNeox : public CausalLanguageModel {
       groups.push_back(norm_group(name + "post_attention_layernorm",
                                   layer->post_attention_layernorm.ptr(),
                                   {mlp_name + "dense_h_to_4h"}));
-      groups.push_back(activation_group(mlp_name + "dense_h_to_4h", layer->mlp->dense_h_to_4h,
+      groups.push_back(activation_group(mlp_name + "dense_h_to_4h", layer->mlp->first,
                                         config_.activation, mlp_name + "dense_4h_to_h"));
     }
     return groups;
